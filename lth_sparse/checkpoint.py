@@ -1,0 +1,154 @@
+"""Tickets as files: nnz-long values and bit-packed masks in safetensors.
+
+Layout, readable with safetensors alone. Each masked weight NAME (its `state_dict` key, as in "fc1.weight") has
+`NAME.values` [nnz], its kept values in row-major order, and `NAME.bits` uint8 [ceil(numel / 8)], its mask in
+row-major order with the first weight in the lowest bit. Everything else (biases, normalisation) is stored dense
+under its own key. The metadata entry `lth_sparse` is JSON with `format`, and `shapes` from NAME to the weight's
+shape. A file of masks alone has no values and no dense entries.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from . import ops
+from .actions import check_same_entries
+from .convert import mask_layer_
+from .nn import MASKED_CLASSES, MaskedLayer, masked_weights
+
+FORMAT = "lth-ticket-1"
+
+
+def save(model: nn.Module, path: str | os.PathLike, values: bool = True) -> None:
+    """Write the masked `model` to `path` as a ticket; a file there is replaced in one piece.
+
+    Args:
+        values: False writes the masks alone, 1 bit per weight.
+
+    Raises:
+        ValueError: the model has no masked layer.
+        OSError: the file cannot be written; what was there before stays.
+    """
+    masked_weights(model)
+    state, masks = _state(model), _masks(model)
+    tensors = {name + ".bits": ops.pack_bits(mask) for name, mask in masks.items()}
+    if values:
+        tensors |= {name + ".values": state[name][mask] for name, mask in masks.items()}
+        tensors |= {name: tensor for name, tensor in state.items() if name not in masks}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    write_tensors(path, tensors, {"format": FORMAT, "shapes": shapes})
+
+
+def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Give `model` the masks and values of the ticket at `path`; plain layers it names become masked. Returns it.
+
+    A file of masks alone leaves the kept values as they are. Layers that the ticket does not name keep everything.
+
+    Raises:
+        ValueError: not a ticket, a damaged file, or a ticket of another model; the model is then unchanged.
+        FileNotFoundError: there is no such file.
+    """
+    state, masks = read_ticket(path)
+    current = _state(model)
+    with_values = state or {name: current.get(name, mask) for name, mask in masks.items()}
+    check_same_entries(str(path), with_values, current if state else {k: current[k] for k in masks if k in current})
+    for name in masks:
+        _mask_layer_of(model, name, path)
+    masks |= {name: torch.ones_like(mask) for name, mask in _masks(model).items() if name not in masks}
+    model.load_state_dict(with_values | {name + "_mask": mask for name, mask in masks.items()}, strict=bool(state))
+    return model
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict) -> None:
+    """Write a safetensors file by rename; equal content gives equal bytes."""
+    # clone: safetensors refuses tensors that share memory, as tied weights do
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    # one entry: safetensors writes several in an order that differs from call to call
+    write_bytes(path, safetensors.torch.save(tensors, metadata={"lth_sparse": json.dumps(metadata)}))
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file by rename: `path` holds the old content or the new, never a part, even after a power cut."""
+    part = Path(f"{path}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """All tensors and the metadata that `write_tensors` wrote.
+
+    Raises:
+        ValueError: the file is damaged or not one of ours.
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("lth_sparse", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(metadata)  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file of ours: {error}") from error
+
+
+def read_ticket(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Dense state (empty if the file holds masks alone) and bool masks of a ticket, both by `state_dict` key.
+
+    Raises:
+        ValueError: not a ticket, or a damaged one.
+        FileNotFoundError: there is no such file.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a ticket: its format is {metadata.get('format')!r}, wanted {FORMAT!r}")
+    masks = {}
+    try:
+        for name, shape in metadata["shapes"].items():
+            masks[name] = ops.unpack_bits(tensors.pop(name + ".bits"), tuple(shape))
+            if name + ".values" in tensors:
+                tensors[name] = _scatter(name, masks[name], tensors.pop(name + ".values"))
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is a damaged ticket: {error}") from error
+    return tensors, masks
+
+
+def _scatter(name, mask, values):
+    kept = int(mask.sum())
+    if values.shape != (kept,):
+        raise ValueError(f"{name} has values of shape {tuple(values.shape)} for {kept} kept weights")
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
+
+
+def _mask_layer_of(model, name, path):
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(layer, MaskedLayer) and type(layer) not in MASKED_CLASSES:
+        raise ValueError(f"{path} has a mask for {name!r}, but a {type(layer).__name__} cannot be masked")
+    mask_layer_(layer)
+
+
+def _state(model):
+    """`state_dict()` without masks."""
+    masks = {name + "_mask" for name in _masks(model)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in masks}
+
+
+def _masks(model) -> dict[str, Tensor]:
+    """`state_dict` key of each masked weight -> its mask, tied weights under each of their keys."""
+    return {
+        f"{prefix}.{name}" if prefix else name: getattr(layer, name + "_mask")
+        for prefix, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, MaskedLayer)
+        for name in layer.masked_names()
+    }

@@ -1,0 +1,238 @@
+"""Masked layers: ordinary torch layers whose weight is exactly zero off a bool mask, and stays so.
+
+The stored weight is zero there, so forward and input gradient need no mask; only the weight gradient is masked.
+A layer is masked by class swap, so a `MaskedLinear` is an `nn.Linear` with the same parameters and names.
+"""
+
+import warnings
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from . import ops
+from .optim import is_clean, mark_clean, mark_pruned
+
+
+class MaskedLayer:
+    """What every masked layer adds to its torch class: a `<name>_mask` buffer for each name in `masked_names()`."""
+
+    dense_class: type[nn.Module]
+
+    def masked_names(self) -> list[str]:
+        return ["weight"]
+
+    def sync_(self) -> "MaskedLayer":
+        """Zero what lies off the mask, in place, after somebody wrote the weights."""
+        for name in self.masked_names():
+            weight = getattr(self, name)
+            with torch.no_grad():
+                weight.masked_fill_(~getattr(self, name + "_mask"), 0)
+            mark_clean(weight)
+        return self
+
+    def masked_weight(self) -> Tensor:
+        """The weight, with a gradient that is zero off the mask."""
+        if not isinstance(self.weight, nn.Parameter):  # functional_call: the caller's tensor is not ours to write
+            return torch.where(self.weight_mask, self.weight, 0)
+        self._sync_if_written()
+        return ops.mask_gradient(self.weight, self.weight_mask)
+
+    def _sync_if_written(self):
+        if torch.compiler.is_compiling():  # version counters break the graph; pruning has left zeros already
+            return
+        if not all(is_clean(getattr(self, name)) for name in self.masked_names()):
+            self.sync_()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        names = self.masked_names()
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for name in names:
+            key = prefix + name + "_mask"
+            if key in missing:
+                missing.remove(key)
+            self._buffers[name + "_mask"] = getattr(self, name + "_mask").bool()
+            dropped = getattr(self, name).detach()[~getattr(self, name + "_mask")].any()
+            if dropped and key not in state_dict:
+                warnings.warn(
+                    "the state dict brings no masks: masked layers keep theirs and drop the values off them",
+                    stacklevel=2,
+                )
+        self.sync_()
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """`nn.Linear` with weight [out, in] zero off `weight_mask`."""
+
+    dense_class = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.masked_weight(), self.bias)
+
+
+class MaskedOutProjection(MaskedLinear, NonDynamicallyQuantizableLinear):
+    """The `out_proj` of `nn.MultiheadAttention`, which torch keeps from dynamic quantization by its type."""
+
+    dense_class = NonDynamicallyQuantizableLinear
+
+
+class _MaskedConv(MaskedLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.masked_weight(), self.bias)
+
+
+class MaskedConv1d(_MaskedConv, nn.Conv1d):
+    """`nn.Conv1d` with weight [out, in / groups, k] zero off `weight_mask`."""
+
+    dense_class = nn.Conv1d
+
+
+class MaskedConv2d(_MaskedConv, nn.Conv2d):
+    """`nn.Conv2d` with weight [out, in / groups, kh, kw] zero off `weight_mask`."""
+
+    dense_class = nn.Conv2d
+
+
+class MaskedConv3d(_MaskedConv, nn.Conv3d):
+    """`nn.Conv3d` with weight [out, in / groups, kd, kh, kw] zero off `weight_mask`."""
+
+    dense_class = nn.Conv3d
+
+
+class _MaskedConvTranspose(MaskedLayer):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(self.kernel_size) - 1]
+        geometry = (self.stride, self.padding, padding, self.groups, self.dilation)
+        return convolve(input, self.masked_weight(), self.bias, *geometry)
+
+
+class MaskedConvTranspose1d(_MaskedConvTranspose, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with weight [in, out / groups, k] zero off `weight_mask`."""
+
+    dense_class = nn.ConvTranspose1d
+
+
+class MaskedConvTranspose2d(_MaskedConvTranspose, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with weight [in, out / groups, kh, kw] zero off `weight_mask`."""
+
+    dense_class = nn.ConvTranspose2d
+
+
+class MaskedConvTranspose3d(_MaskedConvTranspose, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` with weight [in, out / groups, kd, kh, kw] zero off `weight_mask`."""
+
+    dense_class = nn.ConvTranspose3d
+
+
+class MaskedMultiheadAttention(MaskedLayer, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` with its input projections zero off their masks.
+
+    torch reads `in_proj_weight` and `out_proj.weight` past any forward of ours, so their gradients are masked by
+    hooks. Copies and pickles drop tensor hooks: each forward puts a missing one back.
+    """
+
+    dense_class = nn.MultiheadAttention
+
+    def masked_names(self) -> list[str]:
+        if self._qkv_same_embed_dim:
+            return ["in_proj_weight"]
+        return ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+
+    def forward(self, *args, **kwargs):
+        if not torch.compiler.is_compiling():
+            self.attach_hooks()
+        self._sync_if_written()
+        return super().forward(*args, **kwargs)
+
+    def attach_hooks(self) -> None:
+        """Mask the gradients of the projections that lack their hook."""
+        for name in self.masked_names():
+            _attach_hook(self, name)
+        if isinstance(self.out_proj, MaskedLayer):
+            self.out_proj._sync_if_written()
+            _attach_hook(self.out_proj, "weight")
+
+
+class _GradientHook(NamedTuple):
+    layer: weakref.ref
+    name: str
+
+    def __call__(self, gradient):
+        return ops.apply_mask(gradient, getattr(self.layer(), self.name + "_mask"))
+
+
+def _attach_hook(layer, name):
+    weight = getattr(layer, name)
+    hooks = (weight._backward_hooks or {}).values()
+    if weight.requires_grad and not any(isinstance(hook, _GradientHook) for hook in hooks):
+        weight.register_hook(_GradientHook(weakref.ref(layer), name))
+
+
+MASKED_CLASSES = {
+    masked.dense_class: masked
+    for masked in (
+        *(MaskedLinear, MaskedOutProjection, MaskedMultiheadAttention, MaskedConv1d, MaskedConv2d, MaskedConv3d),
+        *(MaskedConvTranspose1d, MaskedConvTranspose2d, MaskedConvTranspose3d),
+    )
+}
+
+
+class MaskedWeight(NamedTuple):
+    """A masked parameter and the layers that own it (several when it is tied), as `(layer, parameter name)`."""
+
+    name: str
+    owners: list[tuple[nn.Module, str]]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        layer, name = self.owners[0]
+        return getattr(layer, name)
+
+    @property
+    def mask(self) -> Tensor:
+        layer, name = self.owners[0]
+        return getattr(layer, name + "_mask")
+
+    def set_mask_(self, mask: Tensor) -> None:
+        """Take a new bool mask and zero the weight, and a gradient not yet stepped, off it."""
+        for layer, name in self.owners:
+            getattr(layer, name + "_mask").copy_(mask)
+            layer.sync_()
+        if self.parameter.grad is not None:
+            self.parameter.grad.masked_fill_(~self.mask, 0)
+        mark_pruned(self.parameter)
+
+
+def masked_weights(model: nn.Module) -> list[MaskedWeight]:
+    """Every masked weight of `model`, each once, named after its layer (attention: layer and parameter).
+
+    Raises:
+        ValueError: the model has no masked layer.
+    """
+    found: dict[int, MaskedWeight] = {}
+    for layer_name, layer in model.named_modules():
+        for name in layer.masked_names() if isinstance(layer, MaskedLayer) else ():
+            parts = [layer_name] if name == "weight" and layer_name else [layer_name, name]
+            weight = MaskedWeight(".".join(part for part in parts if part), [])
+            found.setdefault(id(getattr(layer, name)), weight).owners.append((layer, name))
+    if not found:
+        raise ValueError("the model has no masked layers: call lth_sparse.sparsify_(model) first")
+    return list(found.values())
+
+
+def masked_layers(model: nn.Module) -> list[MaskedLayer]:
+    """The masked layers of `model`, in its own order."""
+    return [layer for layer in model.modules() if isinstance(layer, MaskedLayer)]
+
+
+def sync_(model: nn.Module) -> nn.Module:
+    """Zero every masked weight off its mask after writes that autograd cannot see (`weight.data`); return the model."""
+    for layer in masked_layers(model):
+        layer.sync_()
+    return model
