@@ -20,6 +20,8 @@ import torch
 from .checkpoint import write_bytes
 from .recipe import Recipe
 
+_FIRST = ("lock", "environment.json", "recipe.json")  # all that a folder holds whose making was interrupted
+
 
 @contextlib.contextmanager
 def opened(recipe: Recipe, name: str, out: Path | None = None):
@@ -37,7 +39,7 @@ def opened(recipe: Recipe, name: str, out: Path | None = None):
         raise ValueError(f"the run folder {folder} is a file")
     if (folder / "recipe.json").exists():
         _refuse_other(folder, wanted["settings"])
-    elif folder.exists() and any(entry.name != "lock" for entry in folder.iterdir()):
+    elif folder.exists() and any(entry.name.removesuffix(".part") not in _FIRST for entry in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and not a run folder: name another with --out")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -61,9 +63,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON by rename, indented; NaN becomes null, which JSON knows."""
-    write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, content: object, indent: int | None = 1) -> None:
+    """Write JSON by rename; NaN becomes null, which JSON knows."""
+    write_text(path, json.dumps(_plain(content), indent=indent, allow_nan=False) + "\n")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
