@@ -7,7 +7,7 @@ if not (Path(__file__).parent / "kernels").exists():  # source checkout: kernels
 
 from .actions import reinit_, rewind_, snapshot
 from .checkpoint import load_, save
-from .convert import densify_, density, sparsify_, summary
+from .convert import densify_, density, pack_, sparsify_, summary, unpack_
 from .lottery import find_ticket
 from .nn import sync_
 from .prune import prune_
@@ -18,6 +18,7 @@ __all__ = [
     "density",
     "find_ticket",
     "load_",
+    "pack_",
     "prune_",
     "reinit_",
     "rewind_",
@@ -26,4 +27,5 @@ __all__ = [
     "sparsify_",
     "summary",
     "sync_",
+    "unpack_",
 ]

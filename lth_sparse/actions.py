@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import masked_layers, sync_
+from .packed import PackedLayer, refuse_packed
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -18,8 +19,9 @@ def rewind_(model: nn.Module, snap: Mapping[str, Tensor]) -> nn.Module:
     """Give the kept weights, the biases and the buffers the values of `snap`; masks stay. Returns the model.
 
     Raises:
-        ValueError: `snap` lacks an entry of the model, has one more, or one of another shape.
+        ValueError: `snap` lacks an entry of the model, has one more, or one of another shape; a packed layer.
     """
+    refuse_packed(model, "rewind_")
     tensors = _tensors(model)
     check_same_entries("the snapshot", snap, tensors)
     for name, tensor in tensors.items():
@@ -33,7 +35,11 @@ def reinit_(model: nn.Module, generator: torch.Generator) -> nn.Module:
     Calls `reset_parameters` (attention: `_reset_parameters`) of every module that has it, children before their
     parents, so a network that defines its own initialisation has the last word. Parameters that no module resets
     (a bare `nn.Parameter`) keep their values. torch's global random state is left as it was. Returns the model.
+
+    Raises:
+        ValueError: a packed layer.
     """
+    refuse_packed(model, "reinit_")
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with torch.random.fork_rng():
         for index, module in enumerate(reversed(list(model.modules()))):
@@ -56,5 +62,11 @@ def check_same_entries(what: str, given: Mapping[str, Tensor], wanted: Mapping[s
 def _tensors(model):
     """Parameters and buffers by name, masks excepted."""
     masks = {id(getattr(layer, name + "_mask")) for layer in masked_layers(model) for name in layer.masked_names()}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor for name, tensor in tensors if id(tensor) not in masks}
+    packed = {id(layer.values): layer for layer in masked_layers(model) if isinstance(layer, PackedLayer)}
+    tensors = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) in packed:  # under the name and in the shape of the masked state
+            tensors[name.removesuffix("values") + "weight"] = packed[id(tensor)].weight
+        elif id(tensor) not in masks:
+            tensors[name] = tensor
+    return tensors

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .actions import check_same_entries
-from .convert import mask_layer_
-from .nn import MASKED_CLASSES, MaskedLayer, masked_weights
+from .convert import mask_layer_, maskable, weight_names
+from .nn import MaskedLayer, masked_weights
 
 FORMAT = "lth-ticket-1"
 
@@ -56,12 +56,14 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """
     state, masks = read_ticket(path)
     current = _state(model)
-    with_values = state or {name: current.get(name, mask) for name, mask in masks.items()}
-    check_same_entries(str(path), with_values, current if state else {k: current[k] for k in masks if k in current})
-    for name in masks:
-        _mask_layer_of(model, name, path)
+    wanted = current if state else {name: current[name] for name in masks if name in current}
+    check_same_entries(str(path), state or masks, wanted)
+    for layer in _layers_of(model, masks, path):
+        mask_layer_(layer)
     masks |= {name: torch.ones_like(mask) for name, mask in _masks(model).items() if name not in masks}
-    model.load_state_dict(with_values | {name + "_mask": mask for name, mask in masks.items()}, strict=bool(state))
+    model.load_state_dict(
+        (state or wanted) | {name + "_mask": mask for name, mask in masks.items()}, strict=bool(state)
+    )
     return model
 
 
@@ -82,6 +84,8 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not name the file
     finally:
         part.unlink(missing_ok=True)
 
@@ -119,7 +123,7 @@ def read_ticket(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, T
             masks[name] = ops.unpack_bits(tensors.pop(name + ".bits"), tuple(shape))
             if name + ".values" in tensors:
                 tensors[name] = _scatter(name, masks[name], tensors.pop(name + ".values"))
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is a damaged ticket: {error}") from error
     return tensors, masks
 
@@ -131,11 +135,15 @@ def _scatter(name, mask, values):
     return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
 
 
-def _mask_layer_of(model, name, path):
-    layer = model.get_submodule(name.rpartition(".")[0])
-    if not isinstance(layer, MaskedLayer) and type(layer) not in MASKED_CLASSES:
-        raise ValueError(f"{path} has a mask for {name!r}, but a {type(layer).__name__} cannot be masked")
-    mask_layer_(layer)
+def _layers_of(model, masks, path):
+    """The layers that the masks are for; ValueError if one of them cannot be masked."""
+    layers = maskable(model, {name.rpartition(".")[0] for name in masks})
+    for name in masks:
+        layer_name, _, weight = name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        if layer not in layers or weight not in weight_names(layer):
+            raise ValueError(f"{path} has a mask for {name!r}, which cannot be masked in a {type(layer).__name__} here")
+    return layers
 
 
 def _state(model):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import ops
-from .optim import is_clean, mark_clean, mark_pruned
+from .optim import adopt, clean_, is_clean, is_ours, mark_pruned
 
 
 class MaskedLayer:
@@ -28,24 +28,34 @@ class MaskedLayer:
     def sync_(self) -> "MaskedLayer":
         """Zero what lies off the mask, in place, after somebody wrote the weights."""
         for name in self.masked_names():
-            weight = getattr(self, name)
-            with torch.no_grad():
-                weight.masked_fill_(~getattr(self, name + "_mask"), 0)
-            mark_clean(weight)
+            clean_(getattr(self, name), getattr(self, name + "_mask"))
         return self
 
     def masked_weight(self) -> Tensor:
         """The weight, with a gradient that is zero off the mask."""
-        if not isinstance(self.weight, nn.Parameter):  # functional_call: the caller's tensor is not ours to write
+        if not is_ours(self.weight):
             return torch.where(self.weight_mask, self.weight, 0)
         self._sync_if_written()
         return ops.mask_gradient(self.weight, self.weight_mask)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)  # assigning a Parameter to the layer ends here
+        if param is not None and name in self.masked_names():
+            adopt(param, getattr(self, name + "_mask"))
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.sync_()  # copies of a Parameter forget that it is ours
+
     def _sync_if_written(self):
-        if torch.compiler.is_compiling():  # version counters break the graph; pruning has left zeros already
+        # Version counters break the graph of torch.compile, and torch.where there costs 20 to 30% of a training step
+        # (LeNet-300-100 and 1024 x 1024, one core): compiled, only optimizers and lth.sync_ keep weights clean.
+        if torch.compiler.is_compiling():
             return
-        if not all(is_clean(getattr(self, name)) for name in self.masked_names()):
-            self.sync_()
+        for name in self.masked_names():
+            weight = getattr(self, name)
+            if is_ours(weight) and not is_clean(weight):
+                clean_(weight, getattr(self, name + "_mask"))
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         names = self.masked_names()
@@ -134,7 +144,7 @@ class MaskedMultiheadAttention(MaskedLayer, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with its input projections zero off their masks.
 
     torch reads `in_proj_weight` and `out_proj.weight` past any forward of ours, so their gradients are masked by
-    hooks. Copies and pickles drop tensor hooks: each forward puts a missing one back.
+    hooks. New parameters come without: each forward puts a missing one back.
     """
 
     dense_class = nn.MultiheadAttention
@@ -148,15 +158,34 @@ class MaskedMultiheadAttention(MaskedLayer, nn.MultiheadAttention):
         if not torch.compiler.is_compiling():
             self.attach_hooks()
         self._sync_if_written()
-        return super().forward(*args, **kwargs)
+        given = [(p, name, p._parameters[name]) for p, name in self._projections() if not is_ours(getattr(p, name))]
+        try:
+            for layer, name, weight in given:
+                layer._parameters[name] = torch.where(getattr(layer, name + "_mask"), weight, 0)
+            return super().forward(*args, **kwargs)
+        finally:
+            for layer, name, weight in given:
+                layer._parameters[name] = weight
 
     def attach_hooks(self) -> None:
         """Mask the gradients of the projections that lack their hook."""
-        for name in self.masked_names():
-            _attach_hook(self, name)
+        for layer, name in self._projections():
+            weight, hook = getattr(layer, name), _GradientHook(weakref.ref(layer), name)
+            if is_ours(weight) and weight.requires_grad and hook not in (weight._backward_hooks or {}).values():
+                weight.register_hook(hook)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.attach_hooks()
+
+    def _projections(self):
+        names = [(self, name) for name in self.masked_names()]
+        return [*names, (self.out_proj, "weight")] if isinstance(self.out_proj, MaskedLayer) else names
+
+    def _sync_if_written(self):
+        super()._sync_if_written()
         if isinstance(self.out_proj, MaskedLayer):
             self.out_proj._sync_if_written()
-            _attach_hook(self.out_proj, "weight")
 
 
 class _GradientHook(NamedTuple):
@@ -164,14 +193,8 @@ class _GradientHook(NamedTuple):
     name: str
 
     def __call__(self, gradient):
-        return ops.apply_mask(gradient, getattr(self.layer(), self.name + "_mask"))
-
-
-def _attach_hook(layer, name):
-    weight = getattr(layer, name)
-    hooks = (weight._backward_hooks or {}).values()
-    if weight.requires_grad and not any(isinstance(hook, _GradientHook) for hook in hooks):
-        weight.register_hook(_GradientHook(weakref.ref(layer), name))
+        mask = getattr(self.layer(), self.name + "_mask", None)  # None: made dense again, or gone
+        return gradient if mask is None else ops.apply_mask(gradient, mask)
 
 
 MASKED_CLASSES = {
@@ -220,7 +243,8 @@ def masked_weights(model: nn.Module) -> list[MaskedWeight]:
         for name in layer.masked_names() if isinstance(layer, MaskedLayer) else ():
             parts = [layer_name] if name == "weight" and layer_name else [layer_name, name]
             weight = MaskedWeight(".".join(part for part in parts if part), [])
-            found.setdefault(id(getattr(layer, name)), weight).owners.append((layer, name))
+            parameter = layer._parameters.get(name, layer)  # a packed layer has none of that name, and is not tied
+            found.setdefault(id(parameter), weight).owners.append((layer, name))
     if not found:
         raise ValueError("the model has no masked layers: call lth_sparse.sparsify_(model) first")
     return list(found.values())

@@ -1,11 +1,17 @@
 """Operators with a mask in them; the only module that imports the kernels."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from .kernels.pattern import pack_bits, unpack_bits
+from .kernels.pattern import Csr, csr, pack_bits, unpack_bits
 
-__all__ = ["apply_mask", "mask_gradient", "pack_bits", "unpack_bits"]
+__all__ = ["Csr", "apply_mask", "csr", "csr_linear", "mask_gradient", "pack_bits", "unpack_bits"]
+
+with warnings.catch_warnings():  # torch warns once that CSR is in beta
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0], [], [], (0, 0))
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,3 +44,78 @@ class _MaskGradient(torch.autograd.Function):
 def mask_gradient(weight: Tensor, mask: Tensor) -> Tensor:
     """Return `weight` unchanged (no copy); its gradient is exactly zero off the bool `mask` of the same shape."""
     return _MaskGradient.apply(weight, mask)
+
+
+@torch.library.custom_op("lth_sparse::csr_linear", mutates_args=())
+def csr_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_starts: Tensor,
+    columns: Tensor,
+    column_starts: Tensor,
+    rows: Tensor,
+    order: Tensor,
+) -> Tensor:
+    """y [B, N] = x [B, K] W^T + bias [N], W [N, K] given by its kept `values` [nnz] and a `Csr` pattern.
+
+    Differentiable in x, values and bias. On the CPU MKL does all three products; batch-last strides come out, which
+    the next layer takes without a copy.
+    """
+    weight = _sparse(row_starts, columns, values, x.shape[1])
+    y = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
+    return y.t()
+
+
+@csr_linear.register_fake
+def _(x, values, bias, row_starts, columns, column_starts, rows, order):
+    return x.new_empty(row_starts.shape[0] - 1, x.shape[0]).t()
+
+
+@torch.library.custom_op("lth_sparse::csr_linear_backward", mutates_args=())
+def csr_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_starts: Tensor,
+    columns: Tensor,
+    column_starts: Tensor,
+    rows: Tensor,
+    order: Tensor,
+    input_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients dX [B, K] (empty unless wanted) and dvalues [nnz] of `csr_linear`, for dY [B, N]."""
+    dx = x.new_empty(0)
+    if input_gradient:
+        # index_select with int32: 3 ms for 1.7 million values, 13 ms as values[order] (one core, torch 2.15)
+        transposed = _sparse(column_starts, rows, values.index_select(0, order), dy.shape[1])
+        dx = torch.mm(transposed, dy.t()).t()
+    pattern = _sparse(row_starts, columns, torch.zeros_like(values), x.shape[1])
+    # a CSR tensor's own autograd would return this gradient dense
+    return dx, torch.sparse.sampled_addmm(pattern, dy.t(), x, beta=0.0).values()
+
+
+@csr_linear_backward.register_fake
+def _(dy, x, values, row_starts, columns, column_starts, rows, order, input_gradient):
+    dx = x.new_empty(x.shape[1], x.shape[0]).t() if input_gradient else x.new_empty(0)
+    return dx, torch.empty_like(values)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, values, bias, *pattern = inputs
+    ctx.save_for_backward(x, values, *pattern)
+
+
+def _csr_linear_backward(ctx, dy):
+    x, values, *pattern = ctx.saved_tensors
+    wants_x, _, wants_bias, *_ = ctx.needs_input_grad
+    dx, dvalues = csr_linear_backward(dy, x, values, *pattern, wants_x)
+    return dx if wants_x else None, dvalues, dy.sum(0) if wants_bias else None, None, None, None, None, None
+
+
+csr_linear.register_autograd(_csr_linear_backward, setup_context=_save_for_backward)
+
+
+def _sparse(starts, indices, values, width):
+    shape = (len(starts) - 1, width)
+    return torch.sparse_csr_tensor(starts, indices, values, shape, check_invariants=False)

@@ -1,10 +1,12 @@
 """What an optimizer may do to masked weights, watched by torch's global step hooks.
 
 Zero weight, zero gradient and zero moments stay zero under every elementwise optimizer, so nothing is done in
-its step. Two cases are not like that: state from before a pruning, which would move pruned weights again, and
-optimizers that mix entries (LBFGS, Muon), whose weights the next forward cleans.
+its step. Two cases are not like that: state from before a pruning, which would move pruned weights again and is
+refused, and optimizers that mix entries (LBFGS, Muon) or that torch does not know, whose weights are zeroed off
+the mask after each step.
 """
 
+import torch
 from torch import Tensor, optim
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -14,15 +16,33 @@ ELEMENTWISE = {
 }
 
 
-def mark_clean(parameter: Tensor) -> None:
-    """Note that `parameter` is zero off its mask as of this version; writers that autograd sees change the version."""
-    if not parameter.is_inference():  # inference tensors have no version counter and cannot be trained
-        parameter.clean_version = parameter._version
+def adopt(parameter: Tensor, mask: Tensor) -> None:
+    """Make `parameter` one of ours: to be zeroed in place off the bool `mask`, by the next to look.
+
+    Parameters of the model only: tensors handed in for one call (functional_call) are never written. Inference
+    tensors cannot be trained, and have no version counter to tell whether they were written.
+    """
+    if not parameter.is_inference():
+        parameter.mask, parameter.clean_version = mask, None
+
+
+def is_ours(parameter: Tensor) -> bool:
+    """Whether `parameter` was adopted."""
+    return hasattr(parameter, "clean_version")
 
 
 def is_clean(parameter: Tensor) -> bool:
-    """Whether nothing that autograd sees has written `parameter` since `mark_clean`."""
-    return parameter.is_inference() or getattr(parameter, "clean_version", None) == parameter._version
+    """Whether nothing that autograd sees has written `parameter` since `clean_`; such writers change its version."""
+    return parameter.clean_version == parameter._version
+
+
+@torch.no_grad()
+def clean_(parameter: Tensor, mask: Tensor) -> None:
+    """Adopt `parameter` and zero it off the bool `mask`, in place."""
+    parameter.masked_fill_(~mask, 0)
+    adopt(parameter, mask)
+    if is_ours(parameter):
+        parameter.clean_version = parameter._version
 
 
 def mark_pruned(parameter: Tensor) -> None:
@@ -41,30 +61,62 @@ def _state_tensors(optimizer, parameter):
     return [v for v in values if isinstance(v, Tensor) and v.shape == parameter.shape and v.dim() > 0]
 
 
-def _parameters(optimizer):
-    return (p for group in optimizer.param_groups for p in group["params"])
+def _ours(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"] if is_ours(p)]
 
 
-def _refuse_stale_state(optimizer, args, kwargs):
-    for parameter in _parameters(optimizer):
-        if not getattr(parameter, "pruned", False):
-            continue
-        # Pruned weights are exactly zero, so state that moves a zero is state from before they were pruned.
-        pruned = parameter.detach() == 0
-        if any(v[pruned].count_nonzero() for v in _state_tensors(optimizer, parameter)):
+def _refuse_stale_state(optimizer, parameter):
+    if float(optimizer.state.get(parameter, {}).get("step", 1)) == 0:  # Adagrad has non-zero state before any step
+        return
+    for value in _state_tensors(optimizer, parameter):
+        if value[~parameter.mask.to(value.device)].any():
             raise ValueError(
                 f"{type(optimizer).__name__} holds state from before prune_ for a weight of shape "
                 f"{tuple(parameter.shape)}: make a new optimizer or call prune_(..., optimizer=optimizer)"
             )
-        parameter.pruned = False
 
 
-def _keep_clean(optimizer, args, kwargs):
-    if type(optimizer) in ELEMENTWISE:
-        for parameter in _parameters(optimizer):
-            if hasattr(parameter, "clean_version"):
-                mark_clean(parameter)
+def replace(parameter: Tensor) -> None:
+    """Have optimizers that still hold `parameter` refused: `pack_` or `unpack_` has put another in its place."""
+    parameter.replaced = True
 
 
-register_optimizer_step_pre_hook(_refuse_stale_state)
-register_optimizer_step_post_hook(_keep_clean)
+def require_elementwise(parameter: Tensor) -> None:
+    """Have optimizers refused that are not known to be elementwise: `parameter` holds packed values."""
+    parameter.elementwise = True
+
+
+def _refuse_unfit(optimizer, parameter):
+    if getattr(parameter, "replaced", False):
+        raise ValueError(
+            f"{type(optimizer).__name__} holds a weight that pack_ or unpack_ has replaced: make a new optimizer"
+        )
+    if getattr(parameter, "elementwise", False) and type(optimizer) not in ELEMENTWISE:
+        raise ValueError(
+            f"{type(optimizer).__name__} is not known to be elementwise, which packed values need: use one of "
+            f"{', '.join(sorted(kind.__name__ for kind in ELEMENTWISE))}, or call unpack_(model)"
+        )
+
+
+def _before_step(optimizer, args, kwargs):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _refuse_unfit(optimizer, parameter)
+    for parameter in _ours(optimizer):
+        if not is_clean(parameter):
+            clean_(parameter, parameter.mask.to(parameter.device))
+        if getattr(parameter, "pruned", False):
+            _refuse_stale_state(optimizer, parameter)
+            parameter.pruned = False
+
+
+def _after_step(optimizer, args, kwargs):
+    for parameter in _ours(optimizer):
+        if type(optimizer) in ELEMENTWISE:
+            parameter.clean_version = parameter._version
+        else:
+            clean_(parameter, parameter.mask.to(parameter.device))
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

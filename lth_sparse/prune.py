@@ -9,6 +9,7 @@ from . import scores as _scores
 from .convert import match
 from .nn import MaskedWeight, masked_weights
 from .optim import carry_state_
+from .packed import refuse_packed
 
 SCOPES = ("layer", "global")
 
@@ -43,6 +44,7 @@ def prune_(
     Raises:
         ValueError: a rate out of range, an unknown score, scope or layer, no masked layer, a missing ingredient.
     """
+    refuse_packed(model, "prune_")
     weights = masked_weights(model)
     rate_of = _layer_rates(weights, rate, scope, rates or {})
     if keep_at_least < 0:
@@ -86,23 +88,28 @@ def _lowest_out(values, masks, rate_of, scope, keep_at_least, generator) -> dict
     pools = [[name] for name in names] if scope == "layer" else [names]
     new_masks = {}
     for pool in filter(None, pools):
+        value = {name: _comparable(values[name]) for name in pool}
+        held = [_protected(value[name], masks[name].flatten(), keep_at_least, generator) for name in pool]
         mask = torch.cat([masks[name].flatten() for name in pool])
-        value = torch.cat([values[name].detach().flatten().float() for name in pool])
-        free = mask & ~torch.cat([_protected(values[name], masks[name], keep_at_least) for name in pool])
+        free = mask & ~torch.cat(held)
         count = min(round(rate_of[pool[0]] * int(mask.sum())), int(free.sum()))
-        kept = mask & ~lowest(value, free, count, generator)
+        kept = mask & ~lowest(torch.cat(list(value.values())), free, count, generator)
         sizes = [masks[name].numel() for name in pool]
         for name, part in zip(pool, kept.split(sizes), strict=True):
             new_masks[name] = part.view_as(masks[name])
     return new_masks
 
 
-def _protected(value: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The `count` kept weights of highest score, flat."""
-    protected = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
-    best = value.detach().masked_fill(~mask, -torch.inf).flatten().topk(min(count, int(mask.sum()))).indices
-    protected[best] = True
-    return protected
+def _comparable(score: Tensor) -> Tensor:
+    """Flat, and wide enough that casting makes no ties."""
+    return score.detach().flatten().to(torch.promote_types(score.dtype, torch.float32))
+
+
+def _protected(value: Tensor, mask: Tensor, count: int, generator) -> Tensor:
+    """The `count` kept weights of highest value."""
+    if count == 0:
+        return torch.zeros_like(mask)
+    return mask & ~lowest(value, mask, max(int(mask.sum()) - count, 0), generator)
 
 
 def lowest(value: Tensor, among: Tensor, count: int, generator: torch.Generator) -> Tensor:

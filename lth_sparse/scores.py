@@ -66,9 +66,9 @@ def compute(score: str | Callable[[Context], Tensors], context: Context) -> Tens
     """
     scores = resolve(score)(context)
     for name, weight in context.final.items():
-        got = scores.get(name)
-        if got is None or got.shape != weight.shape:
-            shape = "nothing" if got is None else f"shape {tuple(got.shape)}"
+        got = scores.get(name) if isinstance(scores, Mapping) else None
+        if not isinstance(got, Tensor) or got.shape != weight.shape:
+            shape = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else "no tensor"
             raise ValueError(f"the score gave {shape} for layer {name!r}, wanted shape {tuple(weight.shape)}")
         if got.isnan().any():
             raise ValueError(f"the score of layer {name!r} holds NaN: the training before it has diverged")
