@@ -1,4 +1,4 @@
-"""All of the project's metadata. kernels/ and experiments/ lie beside the package and install inside it."""
+"""All of the project's metadata. kernels/, experiments/ and benchmarks/ lie beside the package and install inside it."""
 
 from pathlib import Path
 
@@ -29,8 +29,9 @@ setup(
         *find_packages(include=["lth_sparse", "lth_sparse.*"]),
         "lth_sparse.kernels",
         "lth_sparse.experiments",
+        "lth_sparse.benchmarks",
     ],
-    package_dir={"lth_sparse.kernels": "kernels", "lth_sparse.experiments": "experiments"},
+    package_dir={f"lth_sparse.{name}": name for name in ("kernels", "experiments", "benchmarks")},
     package_data={"lth_sparse.experiments": ["*.toml", "*.json"]},
     install_requires=[
         "torch>=2.11",

@@ -1,8 +1,13 @@
-"""What every test runs under: poisoned memory, one thread, and no gpu test without a GPU."""
+"""What every test runs under: poisoned memory, one thread, Triton's interpreter and no gpu test without a GPU."""
+
+import os
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is first imported
 
 settings.register_profile("house", deadline=None)  # the first example of a property pays for torch's warm-up
 settings.load_profile("house")

@@ -1,10 +1,10 @@
-"""Index structures: bits of a mask."""
+"""Index structures: bits, bitmap and CSR of a mask."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lth_sparse.kernels.pattern import pack_bits, unpack_bits
+from lth_sparse.kernels.pattern import bitmap, csr, pack_bits, unpack_bits
 
 
 def test_first_weight_lies_in_the_lowest_bit():
@@ -35,3 +35,42 @@ def test_bits_round_trip_in_one_eighth_of_the_bytes(shape, seed, density):
 def test_bits_of_another_mask_are_refused(bits, got):
     with pytest.raises(ValueError, match=rf"^a mask of shape \(3, 5\) is 2 bytes of bits, got {got}$"):
         unpack_bits(bits, (3, 5))
+
+
+def test_bitmap_counts_what_lies_before_each_word():
+    masks = torch.zeros(2, 2, 40, dtype=torch.bool)
+    masks[0, 0, [0, 31, 32]], masks[0, 1, 39] = True, True
+    masks[1, 1, :4] = True
+    words, offsets, nnz = bitmap(masks)
+    assert nnz == 4
+    assert words.tolist() == [[[1 - 2**31, 1], [0, 1 << 7]], [[0, 0], [15, 0]]]
+    assert offsets.tolist() == [[[0, 2], [3, 3]], [[0, 0], [0, 4]]]
+
+
+def test_bitmap_wants_equally_many_weights():
+    masks = torch.eye(4, dtype=torch.bool).repeat(2, 1, 1)
+    masks[1, 0, 0] = False
+    with pytest.raises(ValueError, match=r"equally many weights.*got \[4, 3\]"):
+        bitmap(masks)
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 2**20), st.sampled_from([0.0, 0.3, 1.0]))
+def test_csr_finds_every_weight_in_both_orders(n, k, seed, density):
+    mask = torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) < density
+    values = torch.arange(1.0, 1 + int(mask.sum()))
+    dense = torch.zeros(n, k).masked_scatter(mask, values)
+    row_starts, columns, column_starts, rows, order = csr(mask)
+    assert all(index.dtype == torch.int32 for index in (row_starts, columns, column_starts, rows, order))
+    back, transposed = torch.zeros(n, k), torch.zeros(k, n)
+    for i in range(n):
+        for at in range(row_starts[i], row_starts[i + 1]):
+            back[i, columns[at]] = values[at]
+    for j in range(k):
+        for at in range(column_starts[j], column_starts[j + 1]):
+            transposed[j, rows[at]] = values[order[at]]
+    assert torch.equal(back, dense) and torch.equal(transposed.t(), dense)
+
+
+def test_csr_is_of_matrices():
+    with pytest.raises(ValueError, match=r"2-D.*got \(2, 3, 4\)"):
+        csr(torch.ones(2, 3, 4, dtype=torch.bool))
