@@ -36,42 +36,46 @@ class Case(NamedTuple):
     warps: int
     elements: float
     matrix: bool
-    copies: str | None  # the width that its operands must be copied with, as SASS spells it
+    wide: str  # the instruction that must move 16 bytes at a time: LDGSTS of operands, STG of results
 
 
 def cases() -> list[Case]:
     """Every kernel, with the operand types, layouts and sizes that its launcher uses."""
-    package = types.ModuleType("kernels")  # by path, so that nothing of torch is needed
+    package = types.ModuleType("kernels")  # by path, so that nothing of lth_sparse is imported
     package.__path__ = [str(ROOT / "kernels")]
     sys.modules.setdefault("kernels", package)
-    from kernels import weight_gradient as wg
+    from kernels import shadow, weight_gradient
 
-    found = []
-    for dtype, precision in [("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "tf32x3"), ("fp32", "ieee")]:
-        even = precision == "tf32"
-        contiguous = ("dy_batch", "x_batch") if even else ("dy_row", "x_column")
-        strides = [f"{operand}_{axis}" for operand in ("dy", "x") for axis in ("ticket", "batch", "row", "column")]
-        names = [name for name in wg._weight_gradient_kernel.arg_names if name not in contiguous and not name.isupper()]
-        kinds = {name: POINTERS.get(name, f"*{dtype}" if name in ("dy", "x") else "i32") for name in names}
-        constants = dict.fromkeys(contiguous, 1) | {
-            "HAS_BIAS": True,
-            "PRECISION": precision,
-            "EVEN_BATCH": even,
-            "ROWS": wg.ROWS,
-            "COLUMNS": wg.COLUMNS,
-            "BATCH": 32 if dtype == "fp32" else 64,
-        }
-        divisible = [
-            name for name in names if name in strides or kinds[name][0] == "*" or name in ("n_rows", "n_columns")
-        ]
-        divisible += ["batch"] if even else []
-        tile = wg.ROWS * wg.COLUMNS / (32 * 8)
-        matrix = precision != "ieee" or dtype == "bf16"
-        label = f"weight_gradient {dtype} {precision}"
-        found.append(
-            Case(label, wg._weight_gradient_kernel, kinds, constants, tuple(divisible), 8, tile, matrix, "128")
-        )
-    return found
+    gradients = [("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "tf32x3"), ("fp32", "ieee")]
+    return [
+        *(_weight_gradient(weight_gradient, *choice) for choice in gradients),
+        *(_refresh(shadow, dtype) for dtype in ("fp32", "bf16")),
+    ]
+
+
+def _weight_gradient(module, dtype, precision):
+    kernel, even = module._weight_gradient_kernel, precision == "tf32"
+    contiguous = ("dy_batch", "x_batch") if even else ("dy_row", "x_column")
+    names = [name for name in kernel.arg_names if name not in contiguous and not name.isupper()]
+    kinds = {name: POINTERS.get(name, f"*{dtype}" if name in ("dy", "x") else "i32") for name in names}
+    constants = dict.fromkeys(contiguous, 1)
+    constants |= {"HAS_BIAS": True, "PRECISION": precision, "EVEN_BATCH": even}
+    constants |= {"ROWS": module.ROWS, "COLUMNS": module.COLUMNS, "BATCH": 32 if dtype == "fp32" else 64}
+    divisible = [name for name in names if name not in ("nnz", "n_words") and (even or name != "batch")]
+    per_thread = module.ROWS * module.COLUMNS / (32 * 8)
+    matrix = precision != "ieee" or dtype == "bf16"
+    name = f"weight_gradient {dtype} {precision}"
+    return Case(name, kernel, kinds, constants, tuple(divisible), 8, per_thread, matrix, "LDGSTS")
+
+
+def _refresh(module, dtype):
+    kernel = module._refresh_kernel
+    names = [name for name in kernel.arg_names if not name.isupper()]
+    kinds = {name: POINTERS.get(name, "i32") for name in names} | {"values": f"*{dtype}", "shadow": f"*{dtype}"}
+    constants = {"ROWS": module.ROWS, "COLUMNS": module.COLUMNS}
+    divisible = [name for name in names if name not in ("nnz", "n_words")]
+    per_thread = module.ROWS * module.COLUMNS / (32 * 4)
+    return Case(f"refresh {dtype}", kernel, kinds, constants, tuple(divisible), 4, per_thread, False, "STG")
 
 
 def compile_case(case: Case, capability: int) -> dict:
@@ -109,11 +113,9 @@ def defects(case: Case, found: dict) -> list[str]:
         wrong.append(f"spills {found['stack']} bytes")
     if case.matrix and not count(opcodes, "HGMMA") and not count(opcodes, "HMMA"):
         wrong.append("no tensor-core instructions")
-    copies = [op for op in opcodes if op.startswith("LDGSTS")]
-    if case.copies and (not copies or not all(case.copies in op.split(".") for op in copies)):
-        wrong.append(
-            f"operands copied by {', '.join(sorted(copies)) or 'no asynchronous copy'}, not {case.copies} bits"
-        )
+    moves = sorted(opcode for opcode in opcodes if opcode.partition(".")[0] == case.wide)
+    if not moves or not all("128" in opcode.split(".") for opcode in moves):
+        wrong.append(f"{case.wide} is not 16 bytes wide but {', '.join(moves) or 'absent'}")
     return wrong
 
 
@@ -124,16 +126,16 @@ def count(opcodes: Counter, start: str) -> int:
 
 def table() -> tuple[str, list[str]]:
     """A Markdown table of every case and architecture, and the defects."""
-    head = ["kernel", "arch", "registers", "shared bytes", "instructions per element", "matrix", "16-byte copies"]
+    head = ["kernel", "arch", "registers", "shared bytes", "instructions per element", "matrix", "16-byte moves"]
     lines, wrong = [_row(head), _row(["---"] * len(head))], []
     for case in cases():
         for capability in (80, 90):
             found = compile_case(case, capability)
             opcodes = found["opcodes"]
-            matrix = next((f"{n} {name}" for name in ("HGMMA", "HMMA", "FFMA") if (n := count(opcodes, name))), "none")
+            matrix = next((f"{n} {op}" for op in ("HGMMA", "HMMA", "FFMA") if (n := count(opcodes, op))), "-")
             per_element = f"{sum(opcodes.values()) / case.elements:.1f}"
             cells = [case.name, f"sm_{capability}", found["registers"], found["shared"], per_element, matrix]
-            lines.append(_row([*cells, count(opcodes, "LDGSTS")]))
+            lines.append(_row([*cells, f"{count(opcodes, case.wide)} {case.wide}"]))
             wrong += [f"{case.name} on sm_{capability}: {defect}" for defect in defects(case, found)]
     return "\n".join(lines), wrong
 

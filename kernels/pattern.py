@@ -32,12 +32,11 @@ class Bitmap(NamedTuple):
     """Masks [R, N, K] as 32-bit words, and where the values of each word begin.
 
     `words` int32 [R, N, ceil(K / 32)], bit k % 32 of word k // 32 set where column k is kept; `offsets` int32 of the
-    same shape: kept weights of the ticket, in row-major order, before that word; `nnz` kept weights of each ticket.
+    same shape: kept weights of the ticket, in row-major order, before that word.
     """
 
     words: Tensor
     offsets: Tensor
-    nnz: int
 
 
 def bitmap(masks: Tensor) -> Bitmap:
@@ -54,7 +53,7 @@ def bitmap(masks: Tensor) -> Bitmap:
     offsets = (kept.flatten(1).cumsum(1) - kept.flatten(1)).view_as(kept)
     powers = 2 ** torch.arange(32, device=masks.device)
     words = (bits * powers).sum(-1)
-    return Bitmap(torch.where(words >= 2**31, words - 2**32, words).int(), offsets.int(), counts[0])
+    return Bitmap(torch.where(words >= 2**31, words - 2**32, words).int(), offsets.int())
 
 
 class Csr(NamedTuple):

@@ -11,35 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .pattern import Bitmap
+from .places import places
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 # 64 x 64 tiles keep the sums and their places in registers without a spill at 8 warps.
 ROWS = COLUMNS = 64
 BATCH = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # of the batch per step: 128 bytes a row
-
-
-@triton.jit
-def popcount(word):
-    """Set bits of each int32, in plain arithmetic, which the interpreter can run too."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24) & 0xFF
-
-
-@triton.jit
-def places(words, offsets, row, first_column, n_rows, n_words, COLUMNS: tl.constexpr):
-    """Whether each position of a tile [ROWS, COLUMNS] is kept, and its place in the packed values."""
-    rows: tl.constexpr = row.shape[0]
-    column = first_column // 32 + tl.arange(0, COLUMNS // 32)
-    inside = (row < n_rows)[:, None] & (column < n_words)[None, :]
-    at = row[:, None] * n_words + column[None, :]
-    word = tl.load(words + at, mask=inside, other=0)[:, :, None]
-    offset = tl.load(offsets + at, mask=inside, other=0)[:, :, None]
-    bit = tl.arange(0, 32)[None, None, :]
-    kept = (word >> bit) & 1
-    place = offset + popcount(word & ((1 << bit) - 1))
-    return tl.reshape(kept == 1, (rows, COLUMNS)), tl.reshape(place, (rows, COLUMNS))
 
 
 @triton.jit
@@ -78,14 +55,15 @@ def _weight_gradient_kernel(
 
 
 def weight_gradient(
-    dy: Tensor, x: Tensor, bitmap: Bitmap, bias: bool = True, precision: str = "ieee"
+    dy: Tensor, x: Tensor, bitmap: Bitmap, nnz: int, bias: bool = True, precision: str = "ieee"
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the packed values, and of the bias, of R linear layers y = x W^T + b at once.
 
     Args:
         dy: output gradient [R, B, N], float32, bfloat16 or float16, any strides.
         x: input [R, B, K] of the same dtype and device; R may be a stride-0 expansion.
-        bitmap: the masks [R, N, K], with equal nnz, on that device.
+        bitmap: the masks [R, N, K], on that device.
+        nnz: kept weights of each mask.
         precision: of the float32 product: "ieee", "tf32" or "tf32x3"; sums are float32 always.
 
     Returns:
@@ -101,12 +79,12 @@ def weight_gradient(
     even = precision == "tf32" and dy.dtype == torch.float32
     if even:
         dy, x = _batch_last(dy, chunk), _batch_last(x, chunk)
-    gradient = torch.empty(tickets, bitmap.nnz, dtype=torch.float32, device=dy.device)
+    gradient = torch.empty(tickets, nnz, dtype=torch.float32, device=dy.device)
     bias_gradient = torch.empty(tickets, n_rows, dtype=torch.float32, device=dy.device) if bias else None
     grid = (triton.cdiv(n_rows, ROWS), triton.cdiv(n_columns, COLUMNS), tickets)
     _weight_gradient_kernel[grid](
         dy, x, bitmap.words, bitmap.offsets, gradient, bias_gradient,
-        dy.shape[1], n_rows, n_columns, bitmap.words.shape[2], bitmap.nnz,
+        dy.shape[1], n_rows, n_columns, bitmap.words.shape[2], nnz,
         dy.stride(0), dy.stride(1), dy.stride(2), x.stride(0), x.stride(1), x.stride(2),
         HAS_BIAS=bias, PRECISION=precision, EVEN_BATCH=even, ROWS=ROWS, COLUMNS=COLUMNS, BATCH=chunk, num_warps=8,
     )  # fmt: skip

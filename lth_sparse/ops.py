@@ -3,11 +3,24 @@
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.pattern import Csr, csr, pack_bits, unpack_bits
+from .kernels.pattern import Bitmap, Csr, bitmap, csr, pack_bits, unpack_bits
 
-__all__ = ["Csr", "apply_mask", "csr", "csr_linear", "mask_gradient", "pack_bits", "unpack_bits"]
+__all__ = [
+    "Bitmap",
+    "Csr",
+    "apply_mask",
+    "bitmap",
+    "csr",
+    "csr_linear",
+    "mask_gradient",
+    "pack_bits",
+    "refresh_",
+    "shadow_linear",
+    "unpack_bits",
+]
 
 with warnings.catch_warnings():  # torch warns once that CSR is in beta
     warnings.simplefilter("ignore")
@@ -119,3 +132,62 @@ csr_linear.register_autograd(_csr_linear_backward, setup_context=_save_for_backw
 def _sparse(starts, indices, values, width):
     shape = (len(starts) - 1, width)
     return torch.sparse_csr_tensor(starts, indices, values, shape, check_invariants=False)
+
+
+@torch.library.custom_op("lth_sparse::refresh_", mutates_args=("shadow",))
+def refresh_(shadow: Tensor, values: Tensor, words: Tensor, offsets: Tensor) -> None:
+    """Write the packed `values` [nnz], and zeros between them, to `shadow` [N, K], for the `Bitmap` of a mask."""
+    from .kernels.shadow import refresh_ as launch  # Triton may be absent where nothing is packed this way
+
+    launch(shadow[None], values[None], Bitmap(words, offsets))
+
+
+@torch.library.custom_op("lth_sparse::shadow_linear", mutates_args=())
+def shadow_linear(
+    x: Tensor, values: Tensor, shadow: Tensor, bias: Tensor | None, words: Tensor, offsets: Tensor
+) -> Tensor:
+    """y [B, N] = x [B, K] shadow^T + bias, where `shadow` [N, K] holds `values` [nnz], whose gradient it gives.
+
+    Differentiable in x, values and bias: dense products forward and for dX, and for the values a GEMM that stores
+    kept positions alone. Precision is torch's: "highest" is float32 throughout, "high" tf32.
+    """
+    return F.linear(x, shadow, bias)
+
+
+@shadow_linear.register_fake
+def _(x, values, shadow, bias, words, offsets):
+    return x.new_empty(x.shape[0], shadow.shape[0])
+
+
+@torch.library.custom_op("lth_sparse::packed_weight_gradient", mutates_args=())
+def packed_weight_gradient(
+    dy: Tensor, x: Tensor, values: Tensor, words: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the packed values [nnz] and of the bias [N], for dY [B, N] and X [B, K]."""
+    from .kernels.weight_gradient import weight_gradient
+
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    gradients = weight_gradient(dy[None], x[None], Bitmap(words, offsets), len(values), precision=precision)
+    return gradients[0][0].to(values.dtype), gradients[1][0].to(values.dtype)
+
+
+@packed_weight_gradient.register_fake
+def _(dy, x, values, words, offsets):
+    return torch.empty_like(values), values.new_empty(dy.shape[1])
+
+
+def _save_shadow(ctx, inputs, output):
+    x, values, shadow, _, words, offsets = inputs
+    ctx.save_for_backward(x, values, shadow, words, offsets)
+
+
+def _shadow_linear_backward(ctx, dy):
+    x, values, shadow, words, offsets = ctx.saved_tensors
+    wants_x, wants_values, _, wants_bias, *_ = ctx.needs_input_grad
+    dvalues = dbias = None
+    if wants_values or wants_bias:
+        dvalues, dbias = packed_weight_gradient(dy.to(x.dtype), x, values, words, offsets)
+    return dy @ shadow if wants_x else None, dvalues, None, dbias if wants_bias else None, None, None
+
+
+shadow_linear.register_autograd(_shadow_linear_backward, setup_context=_save_shadow)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, optim
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from . import ops
+
 ELEMENTWISE = {
     *(optim.SGD, optim.ASGD, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam),
     *(optim.RMSprop, optim.Rprop, optim.Adagrad, optim.Adadelta),
@@ -86,6 +88,11 @@ def require_elementwise(parameter: Tensor) -> None:
     parameter.elementwise = True
 
 
+def attach_shadow(parameter: Tensor, shadow: Tensor, pattern: ops.Bitmap) -> None:
+    """Have `shadow`, the dense form of the packed values `parameter`, refreshed after each optimizer step."""
+    parameter.shadow = (shadow, pattern)
+
+
 def _refuse_unfit(optimizer, parameter):
     if getattr(parameter, "replaced", False):
         raise ValueError(
@@ -111,6 +118,11 @@ def _before_step(optimizer, args, kwargs):
 
 
 def _after_step(optimizer, args, kwargs):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if hasattr(parameter, "shadow"):
+                shadow, pattern = parameter.shadow
+                ops.refresh_(shadow, parameter.detach(), *pattern)
     for parameter in _ours(optimizer):
         if type(optimizer) in ELEMENTWISE:
             parameter.clean_version = parameter._version

@@ -2,6 +2,9 @@
 
 Gradients and optimizer state are nnz long because the parameter is. The forward is a pure function of `values` and
 the pattern, so `functional_call` computes from the values it is given. `state_dict()` is that of the masked state.
+
+Strategy "cpu" multiplies CSR matrices. Strategy "dense" keeps a shadow, the dense weight with zeros, which whoever
+writes `values` refreshes: an optimizer through the step hook, others with `lth_sparse.sync_`.
 """
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .nn import MaskedLayer, MaskedLinear
-from .optim import replace, require_elementwise
+from .optim import attach_shadow, replace, require_elementwise
 
 
 class PackedLayer(MaskedLayer):
@@ -17,23 +20,35 @@ class PackedLayer(MaskedLayer):
 
     masked_class: type[MaskedLayer]
 
-    def pack_(self) -> None:
+    def pack_(self, strategy: str) -> None:
         """Become packed: `weight` and its mask give way to `values` and a pattern on the same device."""
         mask, weight = self.weight_mask, self.weight
-        self.pattern, self.bits = ops.csr(mask), ops.pack_bits(mask)
-        self.packed_shape = tuple(weight.shape)
+        self.strategy, self.bits, self.packed_shape = strategy, ops.pack_bits(mask), tuple(weight.shape)
+        self.pattern = ops.csr(mask) if strategy == "cpu" else ops.bitmap(mask[None])
         del self._parameters["weight"], self._buffers["weight_mask"]
         values = nn.Parameter(weight.detach()[mask], requires_grad=weight.requires_grad)
         # first, as `weight` was, so that optimizers number the parameters alike in both states
         self._parameters = {"values": values, **self._parameters}
-        require_elementwise(values)
         replace(weight)
+        self._adopt()
+
+    def _adopt(self):
+        """Tell the optimizers what `values` are; copies of a Parameter forget it."""
+        require_elementwise(self.values)
+        if self.strategy == "dense":
+            self.shadow = self.weight.detach()
+            attach_shadow(self.values, self.shadow, self.pattern)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._adopt()
 
     def unpack_(self) -> None:
         """Become masked again, with the same values."""
         weight, mask = self.weight.detach(), self.weight_mask
         values = self._parameters.pop("values")
-        del self.pattern, self.bits, self.packed_shape
+        for name in ("pattern", "bits", "packed_shape", "strategy", "shadow"):
+            self.__dict__.pop(name, None)
         self.__class__ = self.masked_class
         self.register_buffer("weight_mask", mask)
         parameters, self._parameters = self._parameters, {}
@@ -53,6 +68,9 @@ class PackedLayer(MaskedLayer):
         return ops.unpack_bits(self.bits, self.packed_shape)
 
     def sync_(self) -> "PackedLayer":
+        """Refresh the shadow, where there is one, after somebody wrote `values`."""
+        if self.strategy == "dense":
+            ops.refresh_(self.shadow, self.values.detach(), *self.pattern)
         return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -63,8 +81,9 @@ class PackedLayer(MaskedLayer):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         device = self.values.device
-        self.pattern = ops.Csr(*(index.to(device) for index in self.pattern))
+        self.pattern = type(self.pattern)(*(index.to(device) for index in self.pattern))
         self.bits = self.bits.to(device)
+        self._adopt()
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -84,6 +103,7 @@ class PackedLayer(MaskedLayer):
         else:
             with torch.no_grad():
                 self.values.copy_(weight.to(mask.device)[mask])
+            self.sync_()
         rest = {prefix + "bias": state_dict[prefix + "bias"]} if prefix + "bias" in state_dict else {}
         unwanted: list[str] = []
         nn.Module._load_from_state_dict(self, rest, prefix, metadata, False, [], unwanted, errors)
@@ -102,13 +122,19 @@ def refuse_packed(model: nn.Module, verb: str) -> None:
 
 
 class PackedLinear(PackedLayer, MaskedLinear):
-    """`nn.Linear` computed from its kept values by CSR products; on the CPU, float32 or float64."""
+    """`nn.Linear` trained by its kept values; float32 or float64 on the CPU."""
 
     masked_class = MaskedLinear
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features)
-        return ops.csr_linear(rows, self.values, self.bias, *self.pattern).view(*input.shape[:-1], self.out_features)
+        if self.strategy == "cpu":
+            output = ops.csr_linear(rows, self.values, self.bias, *self.pattern)
+        else:
+            # functional_call hands in other values: the shadow is made from those
+            shadow = self.shadow if isinstance(self.values, nn.Parameter) else self.weight.detach()
+            output = ops.shadow_linear(rows, self.values, shadow, self.bias, *self.pattern)
+        return output.view(*input.shape[:-1], self.out_features)
 
 
 PACKED_CLASSES = {MaskedLinear: PackedLinear}

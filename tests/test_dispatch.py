@@ -36,7 +36,7 @@ def test_what_the_cpu_kernels_cannot_compute_stays_masked(monkeypatch):
 
 def test_a_measurement_decides_and_is_kept(monkeypatch, cache):
     gains = iter([3.0, 0.5])
-    monkeypatch.setattr(dispatch, "measured_gain", lambda signature: next(gains))
+    monkeypatch.setattr(dispatch, "measured_gain", lambda *_: next(gains))
     assert choose(signature(0.1), CPU, measure=True) == Choice("cpu", 3.0)
     assert choose(signature(0.1), CPU, measure=True) == Choice("cpu", 3.0)
     assert choose(signature(0.02), CPU, measure=True) == Choice("masked", 0.5)
@@ -46,15 +46,16 @@ def test_a_measurement_decides_and_is_kept(monkeypatch, cache):
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"linear": "x"}'])
 def test_a_damaged_cache_is_measured_again(monkeypatch, cache, content):
-    monkeypatch.setattr(dispatch, "measured_gain", lambda signature: 2.0)
+    monkeypatch.setattr(dispatch, "measured_gain", lambda *_: 2.0)
     choose(signature(0.1), CPU, measure=True)
     (path,) = cache.iterdir()
     path.write_text(content)
     assert choose(signature(0.1), CPU, measure=True) == Choice("cpu", 2.0)
 
 
-def test_measured_gain_is_a_positive_ratio():
-    assert 0 < dispatch.measured_gain(signature(0.1, 40, 50), repeats=3) < 100
+@pytest.mark.parametrize("strategy", ["cpu", "dense"])
+def test_measured_gain_is_a_positive_ratio(strategy):
+    assert 0 < dispatch.measured_gain(signature(0.1, 40, 50), strategy, CPU, repeats=3) < 100
 
 
 def test_the_environment_forces(monkeypatch):
@@ -63,7 +64,7 @@ def test_the_environment_forces(monkeypatch):
     monkeypatch.setenv("LTH_STRATEGY", "cpu")
     assert choose(signature(0.9), CPU, measure=False) == Choice("cpu")
     monkeypatch.setenv("LTH_STRATEGY", "fast")
-    with pytest.raises(ValueError, match="LTH_STRATEGY must be one of masked, cpu, got 'fast'"):
+    with pytest.raises(ValueError, match="LTH_STRATEGY must be one of masked, cpu, dense, got 'fast'"):
         choose(signature(0.9), CPU, measure=False)
 
 

@@ -35,10 +35,10 @@ def test_every_kernel_passes_its_gates():
         ({"HGMMA.64x64x16.F32.BF16": 4, "LDGSTS.E.BYPASS.128": 12}, 0, []),
         ({"HGMMA.64x64x16.F32.BF16": 4, "LDGSTS.E.BYPASS.128": 12, "LDL.64": 3}, 16, ["spills 16 bytes"]),
         ({"FFMA": 4, "LDGSTS.E.BYPASS.128": 12}, 0, ["no tensor-core instructions"]),
-        ({"HMMA.16816.F32.BF16": 4, "LDGSTS.E": 48}, 0, ["operands copied by LDGSTS.E, not 128 bits"]),
-        ({"HMMA.16816.F32.BF16": 4}, 0, ["operands copied by no asynchronous copy, not 128 bits"]),
+        ({"HMMA.16816.F32.BF16": 4, "LDGSTS.E": 48}, 0, ["LDGSTS is not 16 bytes wide but LDGSTS.E"]),
+        ({"HMMA.16816.F32.BF16": 4}, 0, ["LDGSTS is not 16 bytes wide but absent"]),
     ],
 )
 def test_slow_code_is_named(compiled, opcodes, stack, defects):
-    case = compiled.Case("a kernel", None, {}, {}, (), 8, 16, True, "128")
+    case = compiled.Case("a kernel", None, {}, {}, (), 8, 16, True, "LDGSTS")
     assert compiled.defects(case, {"stack": stack, "opcodes": Counter(opcodes)}) == defects

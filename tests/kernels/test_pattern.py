@@ -41,8 +41,7 @@ def test_bitmap_counts_what_lies_before_each_word():
     masks = torch.zeros(2, 2, 40, dtype=torch.bool)
     masks[0, 0, [0, 31, 32]], masks[0, 1, 39] = True, True
     masks[1, 1, :4] = True
-    words, offsets, nnz = bitmap(masks)
-    assert nnz == 4
+    words, offsets = bitmap(masks)
     assert words.tolist() == [[[1 - 2**31, 1], [0, 1 << 7]], [[0, 0], [15, 0]]]
     assert offsets.tolist() == [[[0, 2], [3, 3]], [[0, 0], [0, 4]]]
 

@@ -1,0 +1,28 @@
+"""From a mask's bitmap to places in the packed values, for the epilogues and prologues of the kernels."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def popcount(word):
+    """Set bits of each int32, in plain arithmetic, which the interpreter can run too."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def places(words, offsets, row, first_column, n_rows, n_words, COLUMNS: tl.constexpr):
+    """Whether each position of a tile [ROWS, COLUMNS] is kept, and its place in the packed values."""
+    rows: tl.constexpr = row.shape[0]
+    column = first_column // 32 + tl.arange(0, COLUMNS // 32)
+    inside = (row < n_rows)[:, None] & (column < n_words)[None, :]
+    at = row[:, None] * n_words + column[None, :]
+    word = tl.load(words + at, mask=inside, other=0)[:, :, None]
+    offset = tl.load(offsets + at, mask=inside, other=0)[:, :, None]
+    bit = tl.arange(0, 32)[None, None, :]
+    kept = (word >> bit) & 1
+    place = offset + popcount(word & ((1 << bit) - 1))
+    return tl.reshape(kept == 1, (rows, COLUMNS)), tl.reshape(place, (rows, COLUMNS))
