@@ -1,4 +1,4 @@
-"""All of the project's metadata. kernels/, experiments/ and benchmarks/ lie beside the package and install inside it."""
+"""All metadata. kernels/, experiments/ and benchmarks/ lie beside the package and install inside it."""
 
 from pathlib import Path
 

@@ -61,9 +61,8 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     for layer in _layers_of(model, masks, path):
         mask_layer_(layer)
     masks |= {name: torch.ones_like(mask) for name, mask in _masks(model).items() if name not in masks}
-    model.load_state_dict(
-        (state or wanted) | {name + "_mask": mask for name, mask in masks.items()}, strict=bool(state)
-    )
+    given = {name + "_mask": mask for name, mask in masks.items()}
+    model.load_state_dict((state or wanted) | given, strict=bool(state))
     return model
 
 

@@ -10,14 +10,15 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from . import __path__ as package_path
-from . import __version__, experiment, plots, recipe, report, runs
+from . import __version__, dispatch, experiment, plots, recipe, report, runs
 from .progress import Progress
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,14 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
         return options.command(options) or 0
     except KeyboardInterrupt:
         return _fail("interrupted; the state is saved, and the same command goes on from here", 130)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         return _fail(str(error), 2)
     except OSError as error:
         return _fail(f"{error}; finished rounds are kept, and the same command goes on from there", 1)
 
 
 def _fail(sentence, code):
-    console.print(f"lth: {' '.join(sentence.split())}", markup=False, soft_wrap=True)
+    console.print(f"lth: {' '.join(sentence.split())}", soft_wrap=True)
     return code
 
 
@@ -70,6 +71,7 @@ def _parser():
         sub.set_defaults(command=command)
         if verb == "report":
             sub.add_argument("--export", type=Path, metavar="DIR", help="write data.json, data_random.json, ... there")
+            sub.add_argument("--save", type=Path, metavar="DIR", help="write summary.json and the figures there")
         sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     env = verbs.add_parser("env", help="versions, device, and what can run here")
     env.add_argument("--json", action="store_true", help="print one JSON document on stdout")
@@ -100,7 +102,7 @@ def _run(options):
     if options.list or options.recipe is None:
         if not options.list:
             raise ValueError("run needs the name of a recipe: see lth run --list")
-        _list_recipes()
+        _list_recipes(options)
         return
     path = _recipe_path(options.recipe)
     changes = dict(_assignment(text) for text in options.set)
@@ -137,7 +139,11 @@ def _ls(options):
 def _report(options):
     folder = _run_folder(options.run)
     summary = report.summarize(folder)
-    for path in report.export(folder, options.export) if options.export else ():
+    written = report.export(folder, options.export) if options.export else []
+    if options.save:
+        written += [*plots.draw(summary, report.curves(folder), options.save), options.save / "summary.json"]
+        runs.write_json(written[-1], summary)
+    for path in written:
         console.print(str(path), soft_wrap=True)
     _print_summary(summary)
     if options.json:
@@ -153,14 +159,14 @@ def _plot(options):
 
 
 def _env(options):
-    found = runs.environment()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {**runs.environment(), "strategies": list(dispatch.runnable(device, torch.float32))}
     if options.json:
         print(json.dumps(found, indent=1))
         return
     table = Table("", "", box=None, show_header=False)
     for key, value in {**found.pop("packages"), **found}.items():
-        table.add_row(key, str(value) if value is not None else "none")
-    table.add_row("states", "masked (every layer, every device)")
+        table.add_row(key, ", ".join(value) if isinstance(value, list) else "none" if value is None else str(value))
     console.print(table)
 
 
@@ -237,12 +243,15 @@ def _recipe_path(given):
     return path
 
 
-def _list_recipes():
+def _list_recipes(options):
     table = Table("recipe", "source", "cost", box=None)
-    for name, path in _recipes().items():
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    found = {name: tomllib.loads(path.read_text(encoding="utf-8")) for name, path in _recipes().items()}
+    for name, document in found.items():
         table.add_row(name, document.get("source", ""), document.get("cost", ""))
-    console.print(table)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        console.print(table)
 
 
 def _assignment(text):

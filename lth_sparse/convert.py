@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from .dispatch import Choice, Signature, choose
 from .nn import MASKED_CLASSES, MaskedLayer, MaskedMultiheadAttention, masked_layers, masked_weights
+from .optim import disown
 from .packed import PACKED_CLASSES, PackedLayer
 
 
@@ -117,6 +118,7 @@ def densify_(model: nn.Module) -> nn.Module:
         layer.sync_()
         for name in layer.masked_names():
             delattr(layer, name + "_mask")
+            disown(getattr(layer, name))
         layer.__class__ = layer.dense_class
     return model
 

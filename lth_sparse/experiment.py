@@ -35,9 +35,10 @@ def run(
         recipe.dataset, data_dir, recipe.normalization, recipe.validation_size, recipe.seed, recipe.device
     )
     recipe = recipe.resolve(len(loaded.train.labels))
+    chains = _chains(recipe, loaded)  # before there is a folder: not every network takes these images
     with runs.opened(recipe, name or recipe.name, out) as folder:
-        chains = _chains(recipe, loaded, folder)
         for chain in chains:
+            chain.folder = folder
             for result in _restore(chain):
                 on_round(result)
 
@@ -54,7 +55,7 @@ def run(
     return folder
 
 
-def _chains(recipe, loaded, folder) -> list[Chain]:
+def _chains(recipe, loaded) -> list[Chain]:
     chains: list[Chain] = []
     for trial in range(recipe.trials):
         leaders: dict[str, Chain] = {}
@@ -63,7 +64,7 @@ def _chains(recipe, loaded, folder) -> list[Chain]:
             sparsify_(model).to(recipe.device)
             pruning = _pruning(model, recipe) | {"score": ARMS[name].score or recipe.score}
             leader = leaders.get(ARMS[name].masks_of)
-            leaders[name] = Chain(model, recipe.seed, name, trial, pruning, None, leader, recipe.rewind, folder)
+            leaders[name] = Chain(model, recipe.seed, name, trial, pruning, None, leader, recipe.rewind)
         chains += [leaders[name] for name in recipe.arms]
     return sorted(chains, key=lambda chain: chain.leader is not None)
 
@@ -72,8 +73,8 @@ def _pruning(model, recipe) -> dict:
     rates = models.pruning_rates(model, recipe.prune_rate_fc, recipe.prune_rate_conv)
     if recipe.scope == "layer":
         return {"rates": rates, "scope": "layer"}
-    # One pool, one rate: that of the convolutions where there are any, and layers with rate 0 stay whole.
-    rate = recipe.prune_rate_conv or recipe.prune_rate_fc
+    # One pool, one rate: that of the convolutions where any go, and layers with rate 0 stay whole.
+    rate = next(own for own in rates.values() if own)
     return {"rate": rate, "scope": "global", "rates": {name: 0.0 for name, own in rates.items() if own == 0}}
 
 
@@ -98,8 +99,14 @@ def _record(chain, round, result: Result, recipe) -> dict:
     content |= {"train_accuracy": result.train_accuracy, "seconds": result.seconds}
     chain.finished[round] = content
     runs.write_json(folder / "result.json", content)
-    (folder / "training.safetensors").unlink(missing_ok=True)
+    _forget_state(folder)
     return content
+
+
+def _forget_state(folder):
+    """Delete the state of a training that is done, and what a kill left of writing it."""
+    for path in folder.glob("training.safetensors*"):
+        path.unlink()
 
 
 def _restore(chain) -> list[dict]:
@@ -111,12 +118,13 @@ def _restore(chain) -> list[dict]:
     if rewind.exists():
         chain.start = checkpoint.read_tensors(rewind)[0]
     while (folder := runs.round_folder(chain.folder, chain.arm, chain.trial, len(results))).is_dir():
-        if (folder / "ticket.safetensors").exists():
+        if (folder / "ticket.safetensors").exists() or (folder / "result.json").exists():
             checkpoint.load_(chain.model, folder / "ticket.safetensors")
             chain.masks[len(results)] = {w.name: w.mask.clone() for w in masked_weights(chain.model)}
         if not (folder / "result.json").exists():
             break
         results.append(runs.read_json(folder / "result.json"))
+        _forget_state(folder)
         chain.status = results[-1]["status"]
         chain.finished[len(results) - 1] = results[-1]
     return results

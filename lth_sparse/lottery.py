@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import runs
+from . import runs, scores
 from .actions import reinit_, rewind_, snapshot
 from .convert import density
 from .nn import masked_weights
-from .prune import prune_
+from .prune import check_rate, prune_
 from .training import Result, Ticket
 
 Masks = dict[str, Tensor]
@@ -168,6 +168,8 @@ def find_ticket(
     Raises:
         ValueError: no masked layer, a rate out of range, an unknown score or scope.
     """
+    check_rate(rate)  # now, not after a round of training
+    scores.resolve(pruning.get("score", "magnitude"))
     start = dict(rewind) if rewind is not None else snapshot(model)
     chain = Chain(model, seed=0, pruning={"rate": rate, **pruning}, start=start)
     found = []

@@ -26,9 +26,13 @@ class MaskedLayer:
         return ["weight"]
 
     def sync_(self) -> "MaskedLayer":
-        """Zero what lies off the mask, in place, after somebody wrote the weights."""
+        """Zero weight and gradient off the mask, in place, after somebody wrote weights or masks."""
         for name in self.masked_names():
-            clean_(getattr(self, name), getattr(self, name + "_mask"))
+            weight, mask = getattr(self, name), getattr(self, name + "_mask")
+            clean_(weight, mask)
+            if weight.grad is not None:
+                weight.grad.masked_fill_(~mask, 0)
+            mark_pruned(weight)
         return self
 
     def masked_weight(self) -> Tensor:
@@ -227,9 +231,6 @@ class MaskedWeight(NamedTuple):
         for layer, name in self.owners:
             getattr(layer, name + "_mask").copy_(mask)
             layer.sync_()
-        if self.parameter.grad is not None:
-            self.parameter.grad.masked_fill_(~self.mask, 0)
-        mark_pruned(self.parameter)
 
 
 def masked_weights(model: nn.Module) -> list[MaskedWeight]:

@@ -47,8 +47,8 @@ class Progress:
             text = f"{arm} {trial[6:]} round {int(round[6:])}/{self.recipe.rounds}"
             text += f"  iteration {row['iteration']:,} of {row['of']:,}  test {row['test_accuracy']:.2%}"
             if label not in self.lines:
-                self.lines[label] = self.bars.add_task(text, total=None)
-            self.bars.update(self.lines[label], description=text)
+                self.lines[label] = self.bars.add_task(text, total=row["of"])
+            self.bars.update(self.lines[label], description=text, completed=row["iteration"])
             self._count(label, row["iteration"] / row["of"])
 
     def round(self, result: dict) -> None:

@@ -32,6 +32,9 @@ PAPER = {
 # 8x8 digits: 2,000 iterations of 60 are 96 epochs, and evaluating 540 images is cheap.
 _DIGITS = dict(rounds=8, iterations="2000", evaluate_every="50")
 _DEFAULTS = dict(rounds=20, evaluate_every="100", milestones=(), momentum=0.9, weight_decay=0.0)
+_RANGES = dict(rounds=(0, 200), trials=(1, 1000), batch_size=(1, 2**20), threads=(0, 1024), seed=(0, 2**63 - 1))
+# LeNet has no convolution, and the only Linear of the deep networks, their output, stays whole.
+_RATES = {"lenet-300-100": ("prune_rate_fc",), "resnet-18": ("prune_rate_conv",), "vgg-19": ("prune_rate_conv",)}
 
 
 def _option(default, text, *aliases, **more):
@@ -114,20 +117,20 @@ class Recipe:
         return f"{self.model}-{self.dataset}"
 
 
-def read(path: Path, scale: str | None = None, **changes) -> Recipe:
+def read(path: Path, scale: str | None = None, /, **changes) -> Recipe:
     """The recipe in a TOML file: its `[settings]`, changed by its `[scale.NAME]`, changed by `changes`.
 
     Raises:
-        ValueError: not TOML, an unknown setting or scale, or a value out of range.
+        ValueError: not TOML, an unknown entry, setting or scale, or a value out of range.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a recipe in TOML: {error}") from error
-    scales = document.get("scale", {})
+    settings, scales = _tables(document, path)
     if scale is not None and scale not in scales:
         raise ValueError(f"{path} has no scale {scale!r}: choose from {', '.join(scales) or 'none'}")
-    return parse({**document.get("settings", {}), **scales.get(scale, {}), **changes})
+    return parse({**settings, **scales.get(scale, {}), **changes})
 
 
 def parse(settings: Mapping[str, object]) -> Recipe:
@@ -164,6 +167,15 @@ def steps(name: str, given: str | int | float, epoch: float, whole: int | None =
     return count
 
 
+def _tables(document, path):
+    """`[settings]` and `[scale]`; source and cost are for readers."""
+    settings, scales = document.get("settings", {}), document.get("scale", {})
+    tables = [settings, scales, *(scales.values() if isinstance(scales, dict) else ())]
+    if set(document) - {"source", "cost", "settings", "scale"} or not all(isinstance(t, dict) for t in tables):
+        raise ValueError(f"{path} may hold source, cost, [settings] and [scale.NAME], got {', '.join(document)}")
+    return settings, scales
+
+
 def _read(f, value):
     kind = str(f.type)
     try:
@@ -187,12 +199,12 @@ def _spelled(value, choices):
 
 
 def _check(recipe: Recipe) -> None:
-    for name, least, most in [("rounds", 0, 200), ("trials", 1, 1000), ("batch_size", 1, 2**20), ("threads", 0, 1024)]:
+    for name, (least, most) in _RANGES.items():
         if not least <= getattr(recipe, name) <= most:
             raise ValueError(f"{name} must lie between {least} and {most}, got {getattr(recipe, name)}")
     for name in ("prune_rate_fc", "prune_rate_conv"):
         check_rate(getattr(recipe, name), name, zero=True)
-    applied = ("prune_rate_fc",) if recipe.model == "lenet-300-100" else ("prune_rate_fc", "prune_rate_conv")
+    applied = _RATES.get(recipe.model, ("prune_rate_fc", "prune_rate_conv"))
     if not any(getattr(recipe, name) for name in applied):
         raise ValueError(f"nothing would be pruned: {' and '.join(applied)} must not all be 0")
     for name, least in {"lr": 1e-12, "momentum": 0, "weight_decay": 0}.items():

@@ -83,8 +83,8 @@ def train(
         torch.set_float32_matmul_precision("high" if recipe.precision == "tf32" else "highest")
     threads, halt = torch.get_num_threads(), threading.Event()
     with ThreadPoolExecutor(max_workers=max(1, min(len(tickets), side_by_side))) as pool:
-        futures = [pool.submit(_Training(ticket, data, recipe).run, on_metrics, halt) for ticket in tickets]
         try:
+            futures = [pool.submit(_Training(ticket, data, recipe).run, on_metrics, halt) for ticket in tickets]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             halt.set()
@@ -153,7 +153,7 @@ class _Training:
             loss, accuracy = evaluate(self.model, getattr(self.data, name), self.recipe)
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
         self.result.history.append(row)
-        if not math.isfinite(row["train_loss"] + row["validation_loss"]):
+        if not _is_finite(row):
             self.result.status = "diverged"
         elif self.result.early_stop is row:
             self.result.best = snapshot(self.model)
@@ -186,6 +186,7 @@ class _Training:
         self.iteration = progress["iteration"]
         self.result = Result(progress["history"], groups["best"], groups["kept"], seconds=progress["seconds"])
         for row in self.result.history[-1:]:
+            self.result.status = "done" if _is_finite(row) else "diverged"
             on_metrics(self.ticket.label, row)
 
     @property
@@ -252,6 +253,10 @@ def evaluate(model: nn.Module, split: Split, recipe: Recipe) -> tuple[float, flo
     model.train()
     loss, accuracy = (sums / len(split.labels)).tolist()
     return loss, accuracy
+
+
+def _is_finite(row):
+    return math.isfinite(row["train_loss"] + row["validation_loss"])
 
 
 def _precision(recipe):

@@ -176,6 +176,37 @@ def test_optimizers_that_move_every_entry_are_cleaned_after(kind, options, compi
             assert (weight.parameter != before[weight.name + ".weight"]).any()
 
 
+class ReadsWeight(nn.Module):
+    """Uses the weight of its layer past the layer's forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 5, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.layer.weight)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, float("nan")])
+def test_gradients_that_reach_pruned_weights_past_the_layer_are_masked_before_the_step(noise):
+    model = lth.sparsify_(ReadsWeight() if not noise else nn.Sequential(nn.Linear(6, 5, bias=False)))
+    for _ in range(2):
+        lth.prune_(model, 0.5)
+        optimizer = optim.Adam(model.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 6)).sum().backward()
+            for parameter in model.parameters():
+                parameter.grad += noise
+                assert parameter.grad.any(1).all()
+            optimizer.step()
+            if noise == noise:
+                assert_clean(model, optimizer)
+            else:
+                assert all((weight.parameter[~weight.mask] == 0).all() for weight in masked_weights(model))
+                nn.init.ones_(next(model.parameters()))
+
+
 @pytest.mark.parametrize("kind", [optim.Adam, optim.SGD, optim.RMSprop])
 def test_state_from_before_a_pruning_is_refused_in_one_sentence(kind):
     model = lth.sparsify_(network())
@@ -188,6 +219,40 @@ def test_state_from_before_a_pruning_is_refused_in_one_sentence(kind):
             optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in lth.snapshot(model).items())
     train(model, kind(model.parameters()))
+
+
+@pytest.mark.parametrize("how", ["state dict", "ticket", "mask written"])
+def test_masks_that_come_by_another_way_make_state_stale_too(how, tmp_path):
+    model, other = lth.sparsify_(network()), lth.prune_(lth.sparsify_(network()), 0.5)
+    optimizer = optim.Adam(model.parameters())
+    train(model, optimizer)
+    if how == "state dict":
+        model.load_state_dict(other.state_dict())
+    elif how == "ticket":
+        lth.save(other, tmp_path / "t")
+        lth.load_(model, tmp_path / "t")
+    else:
+        model[4].weight_mask[:4] = False
+        lth.sync_(model)
+    assert all((weight.parameter.grad[~weight.mask] == 0).all() for weight in masked_weights(model))
+    with pytest.raises(ValueError, match="^Adam holds state from before prune_"):
+        optimizer.step()
+    fresh = optim.Adam(model.parameters())
+    train(model, fresh)
+    assert all((weight.parameter[~weight.mask] == 0).all() for weight in masked_weights(model))
+    fresh.load_state_dict(copy.deepcopy(fresh.state_dict()))
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    train(model, fresh)  # resumed with the state that belongs to these masks
+
+
+@pytest.mark.parametrize("kind", [optim.Adam, optim.Muon])
+def test_a_layer_made_dense_again_is_free(kind):
+    model = lth.densify_(lth.prune_(lth.sparsify_(nn.Linear(6, 5, bias=False)), 0.5))
+    optimizer = kind(model.parameters())
+    model(torch.ones(2, 6)).sum().backward()
+    nn.init.ones_(model.weight)
+    optimizer.step()
+    assert (model.weight != 0).all()
 
 
 @every_optimizer

@@ -1,0 +1,201 @@
+"""Recipes: the paper's values, spellings, steps, refusals of one sentence, identity, and the TOML files."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lth_sparse import recipe
+from lth_sparse.recipe import Recipe, parse, read, steps
+
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
+FIXED = {"device": "cpu", "threads": 1}
+LENET_MNIST = "7f68e662"  # changes only when the meaning of a run does: every run folder carries it
+
+
+def refusal(call, *args, **kwargs) -> str:
+    """The message of the ValueError, which is one sentence."""
+    with pytest.raises(ValueError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert message and "\n" not in message and not message.endswith(".") and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "model, dataset, optimizer, lr, batch, iterations, fc, conv, scope",
+    [
+        ("lenet-300-100", "mnist", "adam", 1.2e-3, 60, 50_000, 0.2, 0.0, "layer"),
+        ("conv-2", "cifar10", "adam", 2e-4, 60, 20_000, 0.2, 0.1, "layer"),
+        ("conv-4", "cifar10", "adam", 3e-4, 60, 25_000, 0.2, 0.1, "layer"),
+        ("conv-6", "cifar10", "adam", 3e-4, 60, 30_000, 0.2, 0.15, "layer"),
+        ("resnet-18", "cifar10", "sgd", 0.1, 128, 30_000, 0.0, 0.2, "global"),
+        ("vgg-19", "cifar10", "sgd", 0.1, 64, 112_000, 0.0, 0.2, "global"),
+    ],
+)
+def test_defaults_are_the_papers(model, dataset, optimizer, lr, batch, iterations, fc, conv, scope):
+    found = Recipe(model=model, dataset=dataset, **FIXED).resolve(45_000)
+    assert (found.optimizer, found.lr, found.batch_size, found.iterations) == (optimizer, lr, batch, iterations)
+    assert (found.prune_rate_fc, found.prune_rate_conv, found.scope) == (fc, conv, scope)
+    assert (found.rounds, found.evaluate_every, found.rewind, found.score) == (20, 100, 0, "magnitude")
+    deep = {"resnet-18": (20_000, 25_000), "vgg-19": (56_000, 84_000)}
+    assert found.milestones == deep.get(model, ())
+    assert (found.momentum, found.weight_decay) == (0.9, 1e-4 if model in deep else 0.0)
+
+
+def test_digits_have_their_own_scale_and_what_is_given_stays():
+    assert (Recipe(dataset="digits").rounds, Recipe(dataset="digits").iterations) == (8, "2000")
+    given = Recipe(dataset="digits", rounds=3, lr=0.5, weight_decay=0.25, milestones=("7",), optimizer="sgd")
+    assert (given.rounds, given.lr, given.weight_decay, given.milestones) == (3, 0.5, 0.25, ("7",))
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [("lenet300100", "lenet-300-100"), ("LeNet_300_100", "lenet-300-100"), ("conv2", "conv-2"), ("VGG19", "vgg-19")],
+)
+def test_spellings(given, meant):
+    assert parse({"model": given, "dataset": "fashion_mnist", "scope": None}).model == meant
+    assert parse({"model": given, "dataset": "fashion_mnist"}).dataset == "fashion-mnist"
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("500", 500),
+        (500, 500),
+        (" 26ep ", 2600),
+        ("0.5ep", 50),
+        ("0.02", 20),
+        (0.02, 20),
+        ("0", 0),
+        ("9" * 9, 10**9 - 1),
+    ],
+)
+def test_steps(given, meant):
+    assert steps("rewind", given, epoch=100, whole=1000) == meant
+
+
+@pytest.mark.parametrize("given", ["-1", "-2ep", "nan", "nanep", "inf", "1e400ep", "9" * 5000, "ep", "", "1e9", "1.5"])
+def test_steps_refused(given):
+    assert repr(given) in refusal(steps, "warmup", given, 100, 1000)
+
+
+def test_a_fraction_is_of_the_training_only_where_there_is_one():
+    assert "iterations" in refusal(steps, "iterations", "0.5", 100)
+
+
+def test_resolve_makes_numbers_and_once_is_enough():
+    counts = dict(iterations="2ep", rewind="0.1", warmup="10", evaluate_every="1ep", milestones=("0.5", "1ep"))
+    given = Recipe(**counts, **FIXED)
+    found = given.resolve(6000)
+    assert (found.iterations, found.rewind, found.warmup, found.evaluate_every) == (200, 20, 10, 100)
+    assert found.milestones == (100, 100)
+    assert found.resolve(6000) == found and found.resolve(6000).identity() == found.identity()
+    assert Recipe(device="cpu").resolve(6000).threads >= 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({name: value} for name in ("prune_rate_fc", "prune_rate_conv") for value in (1, 1.5, -0.1, "nan", "inf")),
+        {"prune_rate_fc": 0},
+        {"model": "conv-2", "prune_rate_fc": 0, "prune_rate_conv": 0},
+        {"model": "resnet-18", "prune_rate_conv": 0, "prune_rate_fc": 0.2},  # its only Linear is kept whole
+        *({"rounds": value} for value in (-1, 201, 1.5, "nan", "", "many")),
+        *({"trials": value} for value in (0, 1001)),
+        *({"batch_size": value} for value in (0, -60, 2**21)),
+        *({name: value} for name in ("lr", "momentum", "weight_decay") for value in ("nan", "inf", -1, "fast")),
+        {"lr": 0},
+        *({"threads": value} for value in (-1, 1025)),
+        *({"seed": value} for value in (-1, 2**63, 0.5)),
+        *({"arms": value} for value in ("", "ticket,best", "ticket,ticket", "reinit", 5)),
+        *({name: "best"} for name in ("model", "dataset", "score", "scope", "optimizer", "normalization")),
+        *({name: "best"} for name in ("activation", "precision", "device")),
+        {"precision": "tf32", "device": "cpu"},
+        {"learning_rate": 0.1},
+    ],
+    ids=str,
+)
+def test_settings_refused(settings):
+    message = refusal(parse, settings)
+    assert any(word in message for word in (*settings, *(name.replace("_", " ") for name in settings)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"iterations": value} for value in ("0", "-5", "0.001ep", "0.5", "soon")),
+        *({"evaluate_every": value} for value in ("0", "101", "2ep", "-1")),
+        *({"rewind": value} for value in ("100", "-1", "1.0")),
+        {"warmup": "101"},
+        *({"milestones": value} for value in ("a,b", "50,-1", "nan")),
+        {"batch_size": 6001},
+    ],
+    ids=str,
+)
+def test_resolve_refuses(settings):
+    given = parse({"iterations": "100", **FIXED} | settings)
+    assert next(iter(settings)) in refusal(given.resolve, 6000)
+
+
+def test_cuda_absent(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "CUDA" in refusal(Recipe, device="cuda")
+    assert Recipe(device="auto").device == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Recipe(device="auto", precision="tf32").device == "cuda"
+
+
+def test_identity_is_pinned():
+    assert Recipe(**FIXED).resolve(55_000).identity() == LENET_MNIST
+
+
+def test_identity_changes_with_every_field():
+    base = Recipe(model="conv-2", dataset="cifar10", **FIXED).resolve(45_000)
+    other = dict(model="conv-4", dataset="mnist", arms=("ticket",), scope="global", optimizer="sgd", milestones=(7,))
+    other |= dict(normalization="half", activation="tanh", precision="bf16", score="random", validation_size=7)
+    seen = {base.identity()}
+    for field in fields(Recipe):
+        changed = replace(base)
+        object.__setattr__(changed, field.name, other.get(field.name, 7))
+        assert asdict(changed) != asdict(base), field.name
+        seen.add(changed.identity())
+    assert len(seen) == len(fields(Recipe)) + 1
+    assert all(len(identity) == 8 and int(identity, 16) >= 0 for identity in seen)
+
+
+def test_read(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('cost = "x"\n[settings]\ndataset = "digits"\nlr = 0.5\narms = ["ticket"]\n[scale.big]\nrounds = 9')
+    assert (read(path).rounds, read(path).lr, read(path).arms) == (8, 0.5, ("ticket",))
+    assert (read(path, "big").rounds, read(path, "big", rounds="2", lr="0.25").rounds) == (9, 2)
+    assert read(path, "big", milestones="100, 2ep,").milestones == ("100", "2ep")
+    assert "'small'" in refusal(read, path, "small")
+    assert "'path'" in refusal(read, path, None, **{"path": "3"})
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("lr = ", "TOML"),
+        ("[settings]\nlearning = 1", "'learning'"),
+        ("[setings]\nlr = 1", "setings"),
+        ("settings = 3", "settings"),
+        ("scale = 3", "scale"),
+        ("[scale]\nsmoke = 3", "scale"),
+        ("[settings]\nlr = [1]", "lr"),
+    ],
+)
+def test_read_refuses(tmp_path, text, words):
+    (tmp_path / "a.toml").write_text(text)
+    assert words in refusal(read, tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_bytes(b"\xff\xfe\x00")
+    assert "TOML" in refusal(read, tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_are_recipes(path):
+    scales = [None, *recipe.tomllib.loads(path.read_text(encoding="utf-8")).get("scale", {})]
+    for scale in scales:
+        assert read(path, scale).resolve(1257).identity()

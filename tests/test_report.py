@@ -1,0 +1,146 @@
+"""Tables, curves and exports from result files written by hand."""
+
+import json
+
+import pytest
+
+from lth_sparse import report, runs
+
+ARMS = ["ticket", "reinit-chain", "random"]
+DENSITY = [1.0, 0.5, 0.25]
+
+
+def row(iteration, test, validation=0.5):
+    losses = {"train_loss": 1.0, "validation_loss": 2.0 + iteration, "test_loss": 3.0 + iteration}
+    return {"iteration": iteration, **losses, "validation_accuracy": validation, "test_accuracy": test}
+
+
+def write(run, arm, trial, round, rows, stop=0, **more):
+    folder = runs.round_folder(run, arm, trial, round)
+    folder.mkdir(parents=True)
+    runs.write_rows(folder / "metrics.jsonl", rows)
+    content = {"arm": arm, "trial": trial, "round": round, "status": "done", "density": DENSITY[round]}
+    content |= {"early_stop": rows[stop], "final": rows[-1], "train_accuracy": 0.9 + trial / 10, "seconds": 4 * trial}
+    runs.write_json(folder / "result.json", content | more)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two trials of three arms; trial 1's random arm diverged in round 0, its ticket collapsed after round 1."""
+    folder = tmp_path / "run"
+    settings = {"rounds": 2, "trials": 2, "arms": ARMS, "evaluate_every": 10, "prune_rate_fc": 0.5}
+    folder.mkdir()
+    runs.write_json(folder / "recipe.json", {"name": "demo", "identity": "01234567", "settings": settings})
+    runs.write_json(folder / "environment.json", {"python": "3"})
+    for trial in (0, 1):
+        for round in range(3 - trial):
+            status = "collapsed" if (trial, round) == (1, 1) else "done"
+            validation = [0.7, 0.8, 0.6][round]
+            rows = [row(10, 0.2 + trial / 10, validation), row(20, 0.4 + trial / 5), row(25, 0.6 + trial / 10)]
+            write(folder, "ticket", trial, round, rows, stop=trial, status=status)
+    write(folder, "random", 0, 0, [row(10, 0.1), row(20, 0.2), row(25, 0.3)])
+    write(folder, "random", 1, 0, [row(10, None), row(20, None)], status="diverged", train_accuracy=None)
+    write(folder, "reinit-chain", 0, 1, [row(10, 0.7)])
+    return folder
+
+
+def test_summary(run):
+    summary = report.summarize(run)
+    assert (summary["name"], summary["identity"], summary["environment"]) == ("demo", "01234567", {"python": "3"})
+    assert summary["settings"]["trials"] == 2
+    early = ["ticket trial 1: collapsed at round 1", "random trial 1: diverged at round 0"]
+    assert summary["status"] == {"done": 8, "planned": 18, "ended_early": early}
+    rows = {(row["arm"], row["round"]): row for row in summary["rows"]}
+    assert list(rows) == [("ticket", 0), ("ticket", 1), ("ticket", 2), ("reinit-chain", 1), ("random", 0)]
+    found = rows["ticket", 1]
+    assert (found["n"], found["density"]) == (2, 0.5)
+    assert found["early_stop_iteration"] == {"mean": 15, "min": 10, "max": 20}
+    assert found["test_accuracy"] == pytest.approx({"mean": 0.4, "min": 0.2, "max": 0.6})
+    assert found["validation_accuracy"] == pytest.approx({"mean": 0.65, "min": 0.5, "max": 0.8})
+    assert found["final_test_accuracy"] == pytest.approx({"mean": 0.65, "min": 0.6, "max": 0.7})
+    assert found["train_accuracy"] == pytest.approx({"mean": 0.95, "min": 0.9, "max": 1.0})
+    assert found["seconds"] == {"mean": 2, "min": 0, "max": 4}
+    assert rows["ticket", 2]["n"] == 1 and rows["ticket", 2]["test_accuracy"]["mean"] == 0.2
+
+
+def test_what_is_missing_is_left_out_of_the_mean(run):
+    found = {(row["arm"], row["round"]): row for row in report.summarize(run)["rows"]}["random", 0]
+    assert found["n"] == 2
+    assert found["test_accuracy"] == {"mean": 0.1, "min": 0.1, "max": 0.1}
+    assert found["train_accuracy"] == {"mean": 0.9, "min": 0.9, "max": 0.9}
+    for path in run.glob("random/*/round_00/result.json"):
+        runs.write_json(path, runs.read_json(path) | {"train_accuracy": float("nan")})
+    found = {(row["arm"], row["round"]): row for row in report.summarize(run)["rows"]}["random", 0]
+    assert found["train_accuracy"] == {"mean": None, "min": None, "max": None}
+
+
+@pytest.mark.parametrize(
+    "validation, winner",
+    [([0.7, 0.8, 0.6], 1), ([0.7, 0.6, 0.7], 2), ([0.7, 0.6, 0.5], 0), ([0.7], 0), ([], None)],
+)
+def test_the_winner_is_the_sparsest_no_worse_than_dense_on_validation(run, validation, winner):
+    for path in run.glob("ticket/trial_0/*/result.json"):
+        path.unlink()
+    for round, accuracy in enumerate(validation):
+        (run / f"ticket/trial_0/round_0{round}/metrics.jsonl").unlink()
+        (run / f"ticket/trial_0/round_0{round}").rmdir()
+        write(run, "ticket", 0, round, [row(10, 0.9 - round / 10, accuracy)])
+    found = report.summarize(run)["winning_ticket"]
+    if winner is None:
+        assert found is None
+    else:
+        assert (found["round"], found["density"]) == (winner, DENSITY[winner])
+        assert found["early_stop"]["validation_accuracy"] == validation[winner]
+        assert found["dense"]["test_accuracy"] == 0.9
+
+
+def test_curves(run):
+    curves = report.curves(run)
+    assert {arm: list(rounds) for arm, rounds in curves.items()} == {
+        "ticket": [0, 1, 2],
+        "reinit-chain": [1],
+        "random": [0],
+    }
+    found = curves["ticket"][1]
+    assert found["density"] == 0.5 and found["iteration"] == [10, 20, 25]
+    assert found["test_accuracy"]["mean"] == pytest.approx([0.25, 0.5, 0.65])
+    assert found["test_accuracy"]["min"] == pytest.approx([0.2, 0.4, 0.6])
+    assert found["test_accuracy"]["max"] == pytest.approx([0.3, 0.6, 0.7])
+    diverged = curves["random"][0]
+    assert diverged["iteration"] == [10, 20] and diverged["test_accuracy"]["mean"] == [0.1, 0.2]
+
+
+def test_export(run, tmp_path):
+    paths = report.export(run, tmp_path / "deep" / "export")
+    assert sorted(path.name for path in paths) == ["data.json", "data_random.json", "data_reinit.json"]
+    found = json.loads((tmp_path / "deep/export/data.json").read_text())
+    names = ["VALIDATION_ITERATIONS", "PRUNE_RATE", "PM_LIST", "weights_remaining_rates"]
+    series = ["test_accuracies", "test_losses", "val_accuracies", "val_losses"]
+    assert sorted(found) == sorted(names + series)
+    assert [found[name] for name in names] == [10, 0.5, [100.0, 50.0, 25.0], [1.0, 0.5, 0.25]]
+    for name in series:
+        assert [[len(trial) for trial in level] for level in found[name]] == [[3, 3], [3, 3], [3]]
+    assert found["test_accuracies"][1] == [[0.2, 0.4, 0.6], pytest.approx([0.3, 0.6, 0.7])]
+    assert found["val_losses"][0][0] == [12, 22, 27] and found["test_losses"][0][0] == [13, 23, 28]
+    assert json.loads((tmp_path / "deep/export/data_reinit.json").read_text())["test_accuracies"] == [[[0.7]]]
+    assert json.loads((tmp_path / "deep/export/data_random.json").read_text())["test_accuracies"][0][1] == [None, None]
+
+
+def test_data_reinit_holds_reinit_where_the_chain_was_not_run(run, tmp_path):
+    settings = runs.read_json(run / "recipe.json")
+    settings["settings"]["arms"] = ["ticket", "reinit", "random"]
+    runs.write_json(run / "recipe.json", settings)
+    (run / "reinit-chain").rename(run / "reinit")
+    path = run / "reinit/trial_0/round_01/result.json"
+    runs.write_json(path, runs.read_json(path) | {"arm": "reinit"})
+    report.export(run, tmp_path / "export")
+    assert json.loads((tmp_path / "export/data_reinit.json").read_text())["test_accuracies"] == [[[0.7]]]
+
+
+def test_refusals(run, tmp_path):
+    with pytest.raises(ValueError, match="not a run folder"):
+        report.results(tmp_path)
+    path = run / "ticket/trial_0/round_01/result.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="round_01/result.json is damaged"):
+        report.summarize(run)
