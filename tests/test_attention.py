@@ -5,37 +5,12 @@ import pickle
 
 import pytest
 import torch
+from masked_models import images, pruned, train
 from torch import nn
 from torch.func import functional_call
 
 import lth_sparse as lth
 from lth_sparse.nn import masked_weights
-
-
-def pruned(model, rate=0.5):
-    return lth.prune_(lth.sparsify_(model), rate)
-
-
-def images(*shape):
-    return torch.randn(*(shape or (5, 1, 4, 4)), generator=torch.Generator().manual_seed(1))
-
-
-def assert_clean(model):
-    for weight in masked_weights(model):
-        assert not weight.mask.all() and weight.mask.any()
-        gradient = weight.parameter.grad
-        assert (weight.parameter[~weight.mask] == 0).all() and (gradient is None or (gradient[~weight.mask] == 0).all())
-
-
-def train(model, *inputs, steps=3):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        output = model(*inputs)
-        (output[0] if isinstance(output, tuple) else output).float().square().mean().backward()
-        optimizer.step()
-        assert_clean(model)
-    return model
 
 
 def attention(kind):

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from masked_models import assert_clean, images, network, pruned, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lth_sparse as lth
-from lth_sparse.nn import MASKED_CLASSES, masked_weights
+from lth_sparse.nn import MASKED_CLASSES
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (4, 6)),
@@ -29,37 +30,6 @@ def build(kind):
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
     return make(), torch.randn(shape, requires_grad=True)
-
-
-def pruned(model, rate=0.5):
-    return lth.prune_(lth.sparsify_(model), rate)
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
-
-
-def images(*shape):
-    return torch.randn(*(shape or (5, 1, 4, 4)), generator=torch.Generator().manual_seed(1))
-
-
-def assert_clean(model):
-    for weight in masked_weights(model):
-        assert not weight.mask.all() and weight.mask.any()
-        gradient = weight.parameter.grad
-        assert (weight.parameter[~weight.mask] == 0).all() and (gradient is None or (gradient[~weight.mask] == 0).all())
-
-
-def train(model, *inputs, steps=3):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        output = model(*inputs)
-        (output[0] if isinstance(output, tuple) else output).float().square().mean().backward()
-        optimizer.step()
-        assert_clean(model)
-    return model
 
 
 @every_layer
