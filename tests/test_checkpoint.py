@@ -124,6 +124,8 @@ class Tied(nn.Module):
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
         self.second.weight = self.first.weight
         self.attention = nn.MultiheadAttention(4, 2, kdim=3)
+        self.embedding, self.output = nn.Embedding(4, 4), nn.Linear(4, 4)
+        self.output.weight = self.embedding.weight  # not masked, and twice in the state dict
 
 
 @pytest.mark.parametrize("values", [True, False])
@@ -211,6 +213,7 @@ def test_every_truncation_and_every_flipped_bit_of_the_header_is_refused(tmp_pat
         lambda t, m: t.pop("3.weight.bits"),
         lambda t, m: t.pop("3.weight.values"),
         lambda t, m: t.update({"3.weight.values": torch.ones(3)}),
+        lambda t, m: t.update({"3.weight.values": torch.ones(60)}),
         lambda t, m: t.update({"3.weight.bits": torch.ones(8)}),
         lambda t, m: t.update({"3.weight.bits": torch.ones(3, dtype=torch.uint8)}),
         lambda t, m: t["3.weight.bits"].bitwise_xor_(1),
@@ -218,6 +221,7 @@ def test_every_truncation_and_every_flipped_bit_of_the_header_is_refused(tmp_pat
         lambda t, m: m["shapes"].update({"3.weight": "ab"}),
         lambda t, m: m["shapes"].update({"3.weight": None}),
         lambda t, m: m["shapes"].update({"3.weight": [10**30]}),
+        lambda t, m: m["shapes"].update({"3.weight": [2**62, 4]}),
         lambda t, m: m["shapes"].update({"3.weight": [-5, -12]}),
         lambda t, m: m["shapes"].update({"4.bias": [3]}) or t.update({"4.bias.bits": torch.ones(1).byte()}),
         lambda t, m: m.update(shapes=[1]),

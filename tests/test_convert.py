@@ -76,6 +76,13 @@ def test_densify_gives_exact_torch_types_and_the_same_output():
         lth.density(model)
 
 
+def test_densify_drops_what_was_written_off_the_mask():
+    model = lth.prune_(lth.sparsify_(network()), 0.5)
+    mask = model["head"].weight_mask.clone()
+    nn.init.ones_(model["head"].weight)
+    assert torch.equal(lth.densify_(model)["head"].weight.detach(), mask.float())
+
+
 @pytest.mark.parametrize(
     "targets, exclude, want",
     [
