@@ -173,7 +173,8 @@ def _env(options):
 def _print_summary(summary):
     arms = summary["settings"]["arms"]
     rows = {(row["arm"], row["round"]): row for row in summary["rows"]}
-    table = Table("round", "weights", box=None, title=_title(summary), title_justify="left")
+    console.print(_title(summary), soft_wrap=True)  # as a table's title it would wrap at the width of the table
+    table = Table("round", "weights", box=None)
     for arm in arms:
         table.add_column(f"{arm}\nstop at", justify="right")
         table.add_column("\ntest %", justify="right")
