@@ -122,7 +122,7 @@ def read_ticket(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, T
             masks[name] = ops.unpack_bits(tensors.pop(name + ".bits"), tuple(shape))
             if name + ".values" in tensors:
                 tensors[name] = _scatter(name, masks[name], tensors.pop(name + ".values"))
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is a damaged ticket: {error}") from error
     return tensors, masks
 
