@@ -61,8 +61,8 @@ def mask_layer_(layer: nn.Module) -> None:
 def pack_(model: nn.Module, sample=None) -> nn.Module:
     """Pack the masked layers that it makes faster, in place, before an optimizer is made; return the model.
 
-    Linear layers alone so far: on the CPU float32 or float64, on CUDA float32 or half. All others stay masked, at
-    the speed of dense. Masks, values and outputs stay; parameters become `values`, as long as what is kept.
+    Linear layers alone so far: on the CPU float32 or float64, on CUDA float32 or half. All others stay masked and
+    compute densely. Masks, values and outputs stay; parameters become `values`, as long as what is kept.
 
     Args:
         sample: a batch for `model(sample)`; with it each layer's strategies are measured at its own shapes (about a

@@ -1,6 +1,6 @@
 """The choice of strategy for a layer: a heuristic shortlist, measured, and kept on disk.
 
-Strategies: "masked" computes densely, at the speed of dense; "cpu" multiplies CSR matrices with MKL; "dense" multiplies
+Strategies: "masked" computes densely; "cpu" multiplies CSR matrices with MKL; "dense" multiplies
 the shadow densely and stores the weight gradient packed. LTH_STRATEGY forces one wherever it can run; LTH_CACHE names
 the folder of the measurements (~/.cache/lth_sparse).
 """

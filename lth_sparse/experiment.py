@@ -7,7 +7,7 @@ from . import checkpoint, data, models, report, runs, training
 from .actions import rewind_
 from .convert import sparsify_
 from .lottery import ARMS, Chain, search
-from .nn import masked_weights
+from .nn import get_masks, set_masks_
 from .recipe import Recipe
 from .training import Result
 
@@ -87,8 +87,7 @@ def _record(chain, round, result: Result, recipe) -> dict:
         checkpoint.save(chain.model, following / "ticket.safetensors", values=False)
     if result.kept:
         checkpoint.write_tensors(folder.parent / "rewind.safetensors", result.kept, {})
-    for weight in masked_weights(chain.model):
-        weight.set_mask_(chain.masks[round][weight.name])
+    set_masks_(chain.model, chain.masks[round])
     checkpoint.save(chain.model, folder / "ticket.safetensors", values=False)
     if result.best:
         checkpoint.save(rewind_(chain.model, result.best), folder / "trained.safetensors")
@@ -120,7 +119,7 @@ def _restore(chain) -> list[dict]:
     while (folder := runs.round_folder(chain.folder, chain.arm, chain.trial, len(results))).is_dir():
         if (folder / "ticket.safetensors").exists() or (folder / "result.json").exists():
             checkpoint.load_(chain.model, folder / "ticket.safetensors")
-            chain.masks[len(results)] = {w.name: w.mask.clone() for w in masked_weights(chain.model)}
+            chain.masks[len(results)] = get_masks(chain.model)
         if not (folder / "result.json").exists():
             break
         results.append(runs.read_json(folder / "result.json"))
@@ -136,6 +135,5 @@ def _save_winner(chains, folder):
     chain = next((chain for chain in chains if chain.arm == "ticket" and chain.trial == 0), None)
     if winner is None or chain is None:
         return
-    for weight in masked_weights(chain.model):
-        weight.set_mask_(chain.masks[winner["round"]][weight.name])
+    set_masks_(chain.model, chain.masks[winner["round"]])
     checkpoint.save(rewind_(chain.model, chain.start), folder / "winning_ticket.safetensors")

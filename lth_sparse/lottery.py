@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import runs, scores
 from .actions import reinit_, rewind_, snapshot
 from .convert import density
-from .nn import masked_weights
+from .nn import get_masks, masked_weights, set_masks_
 from .prune import check_rate, prune_
 from .training import Result, Ticket
 
@@ -61,15 +61,14 @@ class Chain:
 
     def is_ready(self, round: int) -> bool:
         """Whether `round` is the next to train."""
-        self.masks.setdefault(0, {w.name: w.mask.clone() for w in masked_weights(self.model)})
+        self.masks.setdefault(0, get_masks(self.model))
         if self.leader and round in self.leader.masks:
             self.masks[round] = self.leader.masks[round]
         return self.status == "done" and round not in self.finished and round in self.masks
 
     def prepare(self, round: int) -> Ticket:
         """Give the model the masks and the starting values of `round`."""
-        for weight in masked_weights(self.model):
-            weight.set_mask_(self.masks[round][weight.name])
+        set_masks_(self.model, self.masks[round])
         rewound = ARMS[self.arm].rewinds and round > 0
         if rewound:
             rewind_(self.model, self.start)
@@ -91,7 +90,7 @@ class Chain:
         if self.status == "done" and self.leader is None and not last:
             ingredients = {"best": _weights_of(self.model, result.best)} if result.best else {}
             prune_(self.model, generator=self.generator("ties", round), **self.pruning, **ingredients)
-            masks = {w.name: w.mask.clone() for w in masked_weights(self.model)}
+            masks = get_masks(self.model)
             if all(mask.any() for mask in masks.values()):
                 self.masks[round + 1] = masks
             else:
@@ -139,8 +138,7 @@ class Round:
 
     def ticket_(self, model: nn.Module) -> nn.Module:
         """Make `model` this round's ticket: its masks, and the values it started from. Returns the model."""
-        for weight in masked_weights(model):
-            weight.set_mask_(self.masks[weight.name])
+        set_masks_(model, self.masks)
         return rewind_(model, self.start)
 
 

@@ -251,6 +251,17 @@ def masked_weights(model: nn.Module) -> list[MaskedWeight]:
     return list(found.values())
 
 
+def get_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the masks of `model`, by the name of the masked weight."""
+    return {weight.name: weight.mask.clone() for weight in masked_weights(model)}
+
+
+def set_masks_(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Give `model` masks as `get_masks` returns them; what lies off them becomes zero."""
+    for weight in masked_weights(model):
+        weight.set_mask_(masks[weight.name])
+
+
 def masked_layers(model: nn.Module) -> list[MaskedLayer]:
     """The masked layers of `model`, in its own order."""
     return [layer for layer in model.modules() if isinstance(layer, MaskedLayer)]
