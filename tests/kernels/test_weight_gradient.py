@@ -2,31 +2,13 @@
 
 import pytest
 import torch
+from kernel_oracle import DEVICE, MASKS, close, make_masks, packed, random
 from lth_sparse.kernels.pattern import bitmap
 from lth_sparse.kernels.weight_gradient import weight_gradient
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MASKS = ["random", "all", "one", "none", "empty row and column"]
-
-
-def make_masks(kind, tickets, n, k):
-    masks = torch.zeros(tickets, n, k, dtype=torch.bool)
-    for ticket in masks:
-        if kind == "random":
-            ticket.view(-1)[torch.randperm(n * k)[: max(1, n * k // 5)]] = True
-        elif kind == "one":
-            ticket[n // 2, k // 3] = True
-        elif kind != "none":
-            ticket.fill_(True)
-    if kind == "empty row and column":
-        masks[:, n // 2], masks[:, :, k // 2] = False, False
-    return masks.to(DEVICE)
-
 
 def operands(tickets, batch, n, k, dtype=torch.float32):
-    torch.manual_seed(0)
-    dy = torch.randn(tickets, batch, n, dtype=dtype, device=DEVICE)
-    return dy, torch.randn(tickets, batch, k, dtype=dtype, device=DEVICE)
+    return random(tickets, batch, n, dtype=dtype), random(tickets, batch, k, dtype=dtype, seed=1)
 
 
 def count(masks):
@@ -35,14 +17,7 @@ def count(masks):
 
 def oracle(dy, x, masks):
     dense = dy.double().transpose(1, 2) @ x.double()
-    return dense[masks].view(len(masks), -1), dy.double().sum(1)
-
-
-def close(ours, wanted, theirs):
-    """At most twice the error of torch in the same precision, or a rounding of the largest value."""
-    allowed = 2 * (theirs.double() - wanted).abs().max() if wanted.numel() else 0
-    least = 4 * torch.finfo(torch.float32).eps * wanted.abs().max() if wanted.numel() else 0
-    return wanted.numel() == 0 or (ours.double() - wanted).abs().max() <= max(allowed, least)
+    return packed(dense, masks), dy.double().sum(1)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -54,7 +29,7 @@ def test_equals_the_oracle_at_kept_positions(kind, shape, precision):
     masks, (dy, x) = make_masks(kind, shape[0], *shape[2:]), operands(*shape)
     gradient, bias = weight_gradient(dy, x, bitmap(masks), count(masks), precision=precision)
     wanted, wanted_bias = oracle(dy, x, masks)
-    theirs = (dy.transpose(1, 2) @ x)[masks].view(shape[0], -1)
+    theirs = packed(dy.transpose(1, 2) @ x, masks)
     assert gradient.dtype == torch.float32 and gradient.shape == wanted.shape
     assert close(gradient, wanted, theirs) and close(bias, wanted_bias, dy.sum(1))
 
@@ -65,7 +40,7 @@ def test_takes_any_strides_and_one_input_for_all_tickets():
     batch_last = dy.transpose(1, 2).contiguous().transpose(1, 2)
     gradient, _ = weight_gradient(batch_last, shared, bitmap(masks), count(masks), bias=False)
     wanted, _ = oracle(dy, shared, masks)
-    assert close(gradient, wanted, (dy.transpose(1, 2) @ shared)[masks].view(3, -1))
+    assert close(gradient, wanted, packed(dy.transpose(1, 2) @ shared, masks))
 
 
 def test_bias_gradient_is_left_out_on_request():
@@ -85,7 +60,7 @@ def test_low_precisions_err_no_more_than_torch(dtype, precision):
     masks, (dy, x) = make_masks("random", 1, 300, 784), operands(1, 257, 300, 784, getattr(torch, dtype))
     gradient, _ = weight_gradient(dy, x, bitmap(masks), count(masks), precision=precision)
     torch.set_float32_matmul_precision("high")
-    theirs = (dy.transpose(1, 2) @ x)[masks].view(1, -1)
+    theirs = packed(dy.transpose(1, 2) @ x, masks)
     torch.set_float32_matmul_precision("highest")
     assert close(gradient, oracle(dy, x, masks)[0], theirs)
 
