@@ -1,95 +1,171 @@
 """Compile every kernel for sm_80 and sm_90 without a GPU, read the machine code, and refuse what would be slow.
 
-    python benchmarks/compiled.py [--write benchmarks/results/compiled.md]
+    python benchmarks/compiled.py [NAME ...] [--write benchmarks/results/compiled.md]
 
-Fails on register spills, on a matrix kernel without tensor-core instructions, and where operands are not copied 16
-bytes at a time. Works with any Triton from 3.6 on; the wheels bring the assembler and the disassembler.
+A case calls a launcher on tensors without memory while launches are recorded instead of run, so what is compiled is
+what would run: its types, constants and divisibilities. Fails on register spills, on a matrix kernel without
+tensor-core instructions, and where operands are not moved 16 bytes at a time. Works with any Triton from 3.6 on; the
+wheels bring the assembler and the disassembler.
 """
 
 import argparse
+import importlib
+import math
 import re
 import subprocess
 import sys
 import tempfile
-import types
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-ROOT = Path(__file__).parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"words": "*i32", "offsets": "*i32", "gradient": "*fp32", "bias_gradient": "*fp32"}
+POINTER = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint16: "*u16",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
 
 
 class Case(NamedTuple):
-    """One kernel with one choice of types and constants; `elements` of output per thread are what it computes."""
+    """One kernel as one of its launchers launches it.
+
+    The product of the constants named in `tile` is what a program computes: instructions are counted for each of
+    those elements that a thread holds. `wide` names the instruction that must move 16 bytes at a time: LDGSTS or LDG
+    of operands, STG of results; "" where none must.
+    """
 
     name: str
-    kernel: object
-    types: dict[str, str]
-    constants: dict[str, object]
-    divisible: tuple[str, ...]
-    warps: int
-    elements: float
-    matrix: bool
-    wide: str  # the instruction that must move 16 bytes at a time: LDGSTS of operands, STG of results
+    launch: Callable[[], object]
+    kernel: str
+    tile: tuple[str, ...]
+    matrix: bool = False
+    wide: str = "LDGSTS"
 
 
-def cases() -> list[Case]:
-    """Every kernel, with the operand types, layouts and sizes that its launcher uses."""
-    package = types.ModuleType("kernels")  # by path, so that nothing of lth_sparse is imported
-    package.__path__ = [str(ROOT / "kernels")]
-    sys.modules.setdefault("kernels", package)
-    from kernels import shadow, weight_gradient
+class Launch(NamedTuple):
+    """What a launcher handed to Triton: the kernel, its arguments by name, and its options."""
 
-    gradients = [("bf16", "ieee"), ("fp32", "tf32"), ("fp32", "tf32x3"), ("fp32", "ieee")]
-    return [
-        *(_weight_gradient(weight_gradient, *choice) for choice in gradients),
-        *(_refresh(shadow, dtype) for dtype in ("fp32", "bf16")),
-    ]
+    kernel: JITFunction
+    arguments: dict[str, object]
+    options: dict[str, object]
 
 
-def _weight_gradient(module, dtype, precision):
-    kernel, even = module._weight_gradient_kernel, precision == "tf32"
-    contiguous = ("dy_batch", "x_batch") if even else ("dy_row", "x_column")
-    names = [name for name in kernel.arg_names if name not in contiguous and not name.isupper()]
-    kinds = {name: POINTERS.get(name, f"*{dtype}" if name in ("dy", "x") else "i32") for name in names}
-    constants = dict.fromkeys(contiguous, 1)
-    constants |= {"HAS_BIAS": True, "PRECISION": precision, "EVEN_BATCH": even}
-    constants |= {"ROWS": module.ROWS, "COLUMNS": module.COLUMNS, "BATCH": 32 if dtype == "fp32" else 64}
-    divisible = [name for name in names if name not in ("nnz", "n_words") and (even or name != "batch")]
-    per_thread = module.ROWS * module.COLUMNS / (32 * 8)
-    matrix = precision != "ieee" or dtype == "bf16"
-    name = f"weight_gradient {dtype} {precision}"
-    return Case(name, kernel, kinds, constants, tuple(divisible), 8, per_thread, matrix, "LDGSTS")
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _refresh(module, dtype):
-    kernel = module._refresh_kernel
-    names = [name for name in kernel.arg_names if not name.isupper()]
-    kinds = {name: POINTERS.get(name, "i32") for name in names} | {"values": f"*{dtype}", "shadow": f"*{dtype}"}
-    constants = {"ROWS": module.ROWS, "COLUMNS": module.COLUMNS}
-    divisible = [name for name in names if name not in ("nnz", "n_words")]
-    per_thread = module.ROWS * module.COLUMNS / (32 * 4)
-    return Case(f"refresh {dtype}", kernel, kinds, constants, tuple(divisible), 4, per_thread, False, "STG")
+def cases() -> Iterator[Case]:
+    """Every kernel, with the operand types, layouts and sizes that its launcher meets."""
+    yield from _weight_gradient()
+    yield from _refresh()
+
+
+def _bitmap(tickets, n, k):
+    shape = (tickets, n, -(-k // 32))
+    return _kernels("pattern").Bitmap(meta(*shape, dtype=torch.int32), meta(*shape, dtype=torch.int32))
+
+
+def _weight_gradient():
+    module, bits = _kernels("weight_gradient"), _bitmap(1, 4096, 4096)
+    for dtype, precision in _precisions():
+        dy, x = meta(1, 60, 4096, dtype=dtype), meta(1, 60, 4096, dtype=dtype)
+        yield Case(
+            f"weight_gradient {_label(dtype, precision)}",
+            lambda dy=dy, x=x, precision=precision: module.weight_gradient(dy, x, bits, 10**6 + 1, True, precision),
+            "_weight_gradient_kernel",
+            ("ROWS", "COLUMNS"),
+            matrix=(dtype, precision) != (torch.float32, "ieee"),
+        )
+
+
+def _refresh():
+    module, bits = _kernels("shadow"), _bitmap(1, 4096, 4096)
+    for dtype in (torch.float32, torch.bfloat16):
+        shadow, values = meta(1, 4096, 4096, dtype=dtype), meta(1, 10**6 + 1, dtype=dtype)
+        yield Case(
+            f"refresh {_label(dtype)}",
+            lambda shadow=shadow, values=values: module.refresh_(shadow, values, bits),
+            "_refresh_kernel",
+            ("ROWS", "COLUMNS"),
+            wide="STG",
+        )
+
+
+def _precisions():
+    """Operand types and how float32 is multiplied, as every matrix kernel is compiled."""
+    return [(torch.bfloat16, "ieee"), *((torch.float32, precision) for precision in ("tf32", "tf32x3", "ieee"))]
+
+
+def _label(dtype, precision=""):
+    return f"{POINTER[dtype][1:]} {precision}".strip()
+
+
+def _kernels(module):
+    return importlib.import_module(f"lth_sparse.kernels.{module}")
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, kernels are not run; the list fills with their launches."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        launches.append(Launch(kernel, arguments | {n: v for n, v in kwargs.items() if n not in options}, options))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def source(launch: Launch) -> ASTSource:
+    """The kernel specialised as Triton does: 1 and None become constants, multiples of 16 are told to the compiler."""
+    constexprs = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    constants, kinds, divisible = {}, {}, []
+    for name in launch.kernel.arg_names:
+        value = launch.arguments[name]
+        if name in constexprs or value is None or (type(value) is int and value == 1):
+            constants[name], kinds[name] = value, "constexpr"
+        elif isinstance(value, torch.Tensor):
+            kinds[name] = POINTER[value.dtype]
+            divisible.append(name)
+        elif isinstance(value, float):
+            kinds[name] = "fp32"
+        else:
+            kinds[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible += [name] if value % 16 == 0 else []
+    place = {name: (at,) for at, name in enumerate(launch.kernel.arg_names)}
+    attributes = {place[name]: [["tt.divisibility", 16]] for name in divisible}
+    return ASTSource(launch.kernel, kinds, {place[name]: value for name, value in constants.items()}, attributes)
 
 
 def compile_case(case: Case, capability: int) -> dict:
-    """Registers, stack and shared memory in bytes, and instructions of the case on one architecture."""
-    places = {name: (case.kernel.arg_names.index(name),) for name in case.kernel.arg_names}
-    signature = case.types | dict.fromkeys(case.constants, "constexpr")
-    source = ASTSource(
-        case.kernel,
-        signature,
-        {places[name]: value for name, value in case.constants.items()},
-        {places[name]: [["tt.divisibility", 16]] for name in case.divisible},
-    )
-    options = {"num_warps": case.warps, "num_stages": 3}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    """Registers, stack and shared memory in bytes, instructions, and elements per thread on one architecture."""
+    with recorded() as launches:
+        case.launch()
+    launch = next(launch for launch in launches if launch.kernel.__name__ == case.kernel)
+    options = {"num_warps": 4, "num_stages": 3} | launch.options
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -103,18 +179,20 @@ def compile_case(case: Case, capability: int) -> dict:
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared,
         "opcodes": opcodes,
+        "elements": math.prod(launch.arguments[name] for name in case.tile) / (32 * options["num_warps"]),
     }
 
 
-def defects(case: Case, found: dict) -> list[str]:
+def defects(case: Case, found: dict, capability: int) -> list[str]:
     """What is wrong with the machine code, in words; nothing if it is as it should be."""
     opcodes, wrong = found["opcodes"], []
     if found["stack"] or count(opcodes, "LDL") or count(opcodes, "STL"):
         wrong.append(f"spills {found['stack']} bytes")
-    if case.matrix and not count(opcodes, "HGMMA") and not count(opcodes, "HMMA"):
-        wrong.append("no tensor-core instructions")
+    wanted = "HGMMA" if capability == 90 else "HMMA"
+    if case.matrix and not count(opcodes, wanted):
+        wrong.append(f"no {wanted}, the tensor-core instruction")
     moves = sorted(opcode for opcode in opcodes if opcode.partition(".")[0] == case.wide)
-    if not moves or not all("128" in opcode.split(".") for opcode in moves):
+    if case.wide and (not moves or not all("128" in opcode.split(".") for opcode in moves)):
         wrong.append(f"{case.wide} is not 16 bytes wide but {', '.join(moves) or 'absent'}")
     return wrong
 
@@ -124,19 +202,19 @@ def count(opcodes: Counter, start: str) -> int:
     return sum(n for opcode, n in opcodes.items() if opcode.partition(".")[0] == start)
 
 
-def table() -> tuple[str, list[str]]:
-    """A Markdown table of every case and architecture, and the defects."""
+def table(names: list[str]) -> tuple[str, list[str]]:
+    """A Markdown table of the cases whose name contains one of `names` (all, if none), and the defects."""
     head = ["kernel", "arch", "registers", "shared bytes", "instructions per element", "matrix", "16-byte moves"]
     lines, wrong = [_row(head), _row(["---"] * len(head))], []
-    for case in cases():
+    for case in (case for case in cases() if not names or any(name in case.name for name in names)):
         for capability in (80, 90):
             found = compile_case(case, capability)
             opcodes = found["opcodes"]
             matrix = next((f"{n} {op}" for op in ("HGMMA", "HMMA", "FFMA") if (n := count(opcodes, op))), "-")
-            per_element = f"{sum(opcodes.values()) / case.elements:.1f}"
+            per_element = f"{sum(opcodes.values()) / found['elements']:.1f}"
             cells = [case.name, f"sm_{capability}", found["registers"], found["shared"], per_element, matrix]
-            lines.append(_row([*cells, f"{count(opcodes, case.wide)} {case.wide}"]))
-            wrong += [f"{case.name} on sm_{capability}: {defect}" for defect in defects(case, found)]
+            lines.append(_row([*cells, f"{count(opcodes, case.wide)} {case.wide}" if case.wide else "-"]))
+            wrong += [f"{case.name} on sm_{capability}: {defect}" for defect in defects(case, found, capability)]
     return "\n".join(lines), wrong
 
 
@@ -150,9 +228,10 @@ def _tool(name, *arguments):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only cases whose name contains one of these")
     parser.add_argument("--write", type=Path, metavar="FILE", help="append the table to this file")
     options = parser.parse_args()
-    text, wrong = table()
+    text, wrong = table(options.names)
     sys.stdout.write(f"Triton {triton.__version__}\n\n{text}\n")
     for defect in wrong:
         sys.stderr.write(f"{defect}\n")

@@ -30,15 +30,17 @@ def test_every_kernel_passes_its_gates():
 
 
 @pytest.mark.parametrize(
-    "opcodes, stack, defects",
+    "capability, opcodes, stack, defects",
     [
-        ({"HGMMA.64x64x16.F32.BF16": 4, "LDGSTS.E.BYPASS.128": 12}, 0, []),
-        ({"HGMMA.64x64x16.F32.BF16": 4, "LDGSTS.E.BYPASS.128": 12, "LDL.64": 3}, 16, ["spills 16 bytes"]),
-        ({"FFMA": 4, "LDGSTS.E.BYPASS.128": 12}, 0, ["no tensor-core instructions"]),
-        ({"HMMA.16816.F32.BF16": 4, "LDGSTS.E": 48}, 0, ["LDGSTS is not 16 bytes wide but LDGSTS.E"]),
-        ({"HMMA.16816.F32.BF16": 4}, 0, ["LDGSTS is not 16 bytes wide but absent"]),
+        (90, {"HGMMA.64x64x16.F32.BF16": 4, "LDGSTS.E.BYPASS.128": 12}, 0, []),
+        (80, {"HMMA.16816.F32.BF16": 4, "LDGSTS.E.BYPASS.128": 12}, 0, []),
+        (90, {"HGMMA.64x64x16.F32.BF16": 4, "LDGSTS.E.BYPASS.128": 12, "LDL.64": 3}, 16, ["spills 16 bytes"]),
+        (80, {"FFMA": 4, "LDGSTS.E.BYPASS.128": 12}, 0, ["no HMMA, the tensor-core instruction"]),
+        (90, {"HMMA.16816.F32.BF16": 4, "LDGSTS.E.BYPASS.128": 12}, 0, ["no HGMMA, the tensor-core instruction"]),
+        (80, {"HMMA.16816.F32.BF16": 4, "LDGSTS.E": 48}, 0, ["LDGSTS is not 16 bytes wide but LDGSTS.E"]),
+        (80, {"HMMA.16816.F32.BF16": 4}, 0, ["LDGSTS is not 16 bytes wide but absent"]),
     ],
 )
-def test_slow_code_is_named(compiled, opcodes, stack, defects):
-    case = compiled.Case("a kernel", None, {}, {}, (), 8, 16, True, "LDGSTS")
-    assert compiled.defects(case, {"stack": stack, "opcodes": Counter(opcodes)}) == defects
+def test_slow_code_is_named(compiled, capability, opcodes, stack, defects):
+    case = compiled.Case("a kernel", None, "", (), matrix=True)
+    assert compiled.defects(case, {"stack": stack, "opcodes": Counter(opcodes)}, capability) == defects
