@@ -84,7 +84,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     dense_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.masked_weight(), self.bias)
+        if not is_ours(self.weight):
+            return F.linear(input, self.masked_weight(), self.bias)
+        self._sync_if_written()
+        return ops.masked_linear(input, self.weight, self.weight_mask, self.bias)
 
 
 class MaskedOutProjection(MaskedLinear, NonDynamicallyQuantizableLinear):

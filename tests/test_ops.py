@@ -136,3 +136,48 @@ def test_shadow_linear_is_a_well_formed_operator():
     arguments = (x, values, shadow, bias, *ops.bitmap(mask[None]))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.shadow_linear, arguments, test_utils=tests)
+
+
+def step(weight, mask, x, dy):
+    ops.masked_linear(x, weight, mask, None).backward(dy)
+    return weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 10**6])
+def test_masked_linear_by_blocks(monkeypatch, dtype, rows):
+    monkeypatch.setattr(ops.masked, "_BLOCK", 8 * rows)
+    weight, mask = seeded(5, 8, dtype=dtype), half(5, 8)
+    x, dy, bias = seeded(2, 3, 8, dtype=dtype), seeded(2, 3, 5, dtype=dtype), seeded(5, dtype=dtype)
+    found = []
+    for function in (lambda *t: ops.masked_linear(*t[:2], mask, t[2]), torch.nn.functional.linear):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        output = function(*inputs)
+        output.backward(dy)
+        found.append([output, *(tensor.grad for tensor in inputs)])
+    ours, theirs = found
+    theirs[2] = theirs[2] * mask
+    tolerance = {torch.bfloat16: 0.05}.get(dtype, 1e-5)
+    assert all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(ours, theirs, strict=True))
+    assert (ours[2][~mask] == 0).all()
+
+
+def test_a_large_gradient_is_written_to_memory_that_nothing_else_uses(monkeypatch):
+    monkeypatch.setattr(ops.masked, "_MAPPED", 0)
+    weight, mask, x, dy = seeded(5, 8).requires_grad_(), half(5, 8), seeded(3, 8), seeded(3, 5)
+    first = step(weight, mask, x, dy)
+    copy, place = first.clone(), first.data_ptr()
+    part, weight.grad = first[1:], None
+    del first
+    assert step(weight, mask, x, 2 * dy).data_ptr() != place and torch.equal(part, copy[1:])
+    place, weight.grad = weight.grad.data_ptr(), None
+    assert step(weight, mask, x, 3 * dy).data_ptr() == place
+    assert torch.allclose(weight.grad, 3 * copy)
+
+
+def test_a_mask_written_by_hand_is_seen():
+    weight, mask, x, dy = seeded(5, 8).requires_grad_(), torch.ones(5, 8, dtype=torch.bool), seeded(3, 8), seeded(3, 5)
+    assert step(weight, mask, x, dy).all()
+    mask[2], weight.grad = False, None
+    gradient = step(weight, mask, x, dy)
+    assert not gradient[2].any() and gradient[mask].all()

@@ -1,0 +1,119 @@
+"""Operators of the masked state: dense products, and a weight gradient that is exactly zero off the mask."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Weights per block of the gradient, masked while it is in cache. Of 2**17 to 2**25 the best at 1024 x 1024 and 4096 x
+# 4096: the step takes 1.14x the dense one and 1.10x, in a second pass over all 1.25x and 1.65x (batch 60, two threads).
+_BLOCK = 2**19
+_MAPPED = 2**25  # bytes that malloc maps afresh each time, whatever it has learnt
+
+
+def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+    """`tensor` where the bool `mask` of the same shape is set, else exactly zero, even where it is NaN or infinite."""
+    if tensor.requires_grad or not tensor.is_cpu or tensor.is_complex():
+        return torch.where(mask, tensor, 0)
+    # The bits times 0 or 1: 0.11 ms against 0.79 ms for where on a 300 x 784 layer, one core (torch 2.15).
+    bits = tensor.view(_INTEGER[tensor.itemsize]) * mask.view(torch.uint8)
+    return bits.view(tensor.dtype)
+
+
+class _MaskGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, mask):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return apply_mask(gradient, ctx.saved_tensors[0]), None
+
+
+def mask_gradient(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return `weight` unchanged (no copy); its gradient is exactly zero off the bool `mask` of the same shape."""
+    return _MaskGradient.apply(weight, mask)
+
+
+def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """y [..., N] = x [..., K] weight^T + bias, for a weight [N, K] zero off its bool mask; so is its gradient."""
+    if _is_plain(x, weight, bias):
+        return F.linear(x, weight, bias) if _keeps_all(mask) else _MaskedLinear.apply(x, weight, mask, bias)
+    return F.linear(x, mask_gradient(weight, mask), bias)
+
+
+def _is_plain(x, weight, bias):
+    """Whether an eager CPU training step calls, in one dtype that needs no cast."""
+    return (
+        weight.is_cpu
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+        and x.dtype == weight.dtype == (weight if bias is None else bias).dtype
+        and x.dim() > 1
+        and type(x) in (Tensor, torch.nn.Parameter)
+    )
+
+
+def _keeps_all(mask):
+    """Whether nothing is pruned, looked up again only when the mask was written."""
+    version, full = getattr(mask, "full", (None, False))
+    if version != mask._version:
+        full = bool(mask.all())
+        mask.full = (mask._version, full)
+    return full
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, mask, bias):
+        ctx.save_for_backward(x, weight, mask)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mask = ctx.saved_tensors
+        wants_x, _, _, wants_bias = ctx.needs_input_grad
+        rows, dy_rows = x.flatten(0, -2), dy.flatten(0, -2)
+        if torch.is_grad_enabled():  # to be differentiated again
+            weight, gradient = mask_gradient(weight, mask), apply_mask(dy_rows.t() @ rows, mask)
+        else:
+            gradient = _masked_product(dy_rows.t(), rows, mask, _like(weight))
+        return dy @ weight if wants_x else None, gradient, None, dy_rows.sum(0) if wants_bias else None
+
+
+def _masked_product(a, b, mask, out):
+    """a @ b in `out`, zero off the mask, by blocks of rows."""
+    rows = max(1, _BLOCK // out.shape[1])
+    for block, a_block, kept in zip(out.split(rows), a.split(rows), mask.split(rows), strict=True):
+        torch.mm(a_block, b, out=block)
+        block.view(_INTEGER[out.itemsize]).mul_(kept.view(torch.uint8))
+    return out
+
+
+_memory = WeakTensorKeyDictionary()  # the memory of each weight's last gradient
+
+
+def _like(weight):
+    """An uninitialised gradient of `weight`; a large one in the memory of the last, as soon as no tensor uses that.
+
+    Mapping fresh memory page by page takes 23 of the 37 ms of a gradient at 4096 x 4096 (batch 60, two threads).
+    """
+    if weight.nbytes < _MAPPED:
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    memory = _memory.pop(weight, None)  # popped, so that no other thread finds it
+    if memory is None or sys.getrefcount(memory) > 2 or memory.size != weight.nbytes:
+        memory = torch.empty(weight.nbytes, dtype=torch.uint8).numpy()
+    _memory[weight] = memory
+    return torch.from_numpy(memory).view(weight.dtype).view(weight.shape)
