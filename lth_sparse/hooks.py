@@ -102,9 +102,9 @@ def require_elementwise(parameter: Tensor) -> None:
     parameter.elementwise = True
 
 
-def attach_shadow(parameter: Tensor, shadow: Tensor, pattern: ops.Bitmap) -> None:
+def attach_shadow(parameter: Tensor, shadow: Tensor, pattern: tuple[Tensor, ...]) -> None:
     """Have `shadow`, the dense form of the packed values `parameter`, refreshed after each optimizer step."""
-    parameter.shadow = (shadow, pattern)
+    parameter.shadow = (shadow, ops.Bitmap(*pattern[-2:]))
 
 
 def _refuse_unfit(optimizer, parameter):
@@ -115,7 +115,7 @@ def _refuse_unfit(optimizer, parameter):
     if getattr(parameter, "elementwise", False) and type(optimizer) not in ELEMENTWISE:
         raise ValueError(
             f"{type(optimizer).__name__} is not known to be elementwise, which packed values need: use one of "
-            f"{', '.join(sorted(kind.__name__ for kind in ELEMENTWISE))}, or call unpack_(model)"
+            f"{', '.join(sorted({kind.__name__ for kind in ELEMENTWISE}))}, or call unpack_(model)"
         )
 
 
@@ -134,11 +134,12 @@ def _before_step(optimizer, args, kwargs):
 
 
 def _after_step(optimizer, args, kwargs):
+    refreshed = getattr(optimizer, "refreshed", ())  # by the optimizer's own launch
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if hasattr(parameter, "shadow"):
+            if hasattr(parameter, "shadow") and parameter not in refreshed:
                 shadow, pattern = parameter.shadow
-                ops.refresh_(shadow, parameter.detach(), *pattern)
+                ops.refresh_(shadow, parameter.detach(), pattern)
     for parameter in _ours(optimizer):
         if type(optimizer) in ELEMENTWISE:
             parameter.clean_version = parameter._version
