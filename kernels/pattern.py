@@ -51,45 +51,5 @@ def bitmap(masks: Tensor) -> Bitmap:
     bits = torch.nn.functional.pad(masks, (0, -masks.shape[2] % 32)).unflatten(2, (-1, 32))
     kept = bits.sum(-1)
     offsets = (kept.flatten(1).cumsum(1) - kept.flatten(1)).view_as(kept)
-    powers = 2 ** torch.arange(32, device=masks.device)
-    words = (bits * powers).sum(-1)
-    return Bitmap(torch.where(words >= 2**31, words - 2**32, words).int(), offsets.int())
-
-
-class Csr(NamedTuple):
-    """Where the kept weights of a mask [N, K] lie, by rows and by columns; all int32.
-
-    `row_starts` [N + 1] and `columns` [nnz] in row-major order, the order of the packed values; `column_starts`
-    [K + 1] and `rows` [nnz] in column-major order, `order` [nnz] taking packed values into that order.
-    """
-
-    row_starts: Tensor
-    columns: Tensor
-    column_starts: Tensor
-    rows: Tensor
-    order: Tensor
-
-
-def csr(mask: Tensor) -> Csr:
-    """The `Csr` of a bool mask [N, K].
-
-    Raises:
-        ValueError: the mask is not 2-D, or keeps more than 2**31 - 1 weights.
-    """
-    nnz = int(mask.sum())
-    if mask.dim() != 2 or nnz >= 2**31:
-        raise ValueError(f"a CSR pattern is 2-D with fewer than 2**31 entries, got {tuple(mask.shape)} with {nnz}")
-    places = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
-    places[mask] = torch.arange(nnz, dtype=torch.int32, device=mask.device)
-    by_row, by_column = mask.nonzero(), mask.t().nonzero()
-    return Csr(
-        _starts(mask.sum(1)),
-        by_row[:, 1].int(),
-        _starts(mask.sum(0)),
-        by_column[:, 1].int(),
-        places.t()[by_column[:, 0], by_column[:, 1]],
-    )
-
-
-def _starts(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    words = (bits.int() << torch.arange(32, dtype=torch.int32, device=masks.device)).sum(-1, dtype=torch.int32)
+    return Bitmap(words, offsets.int())

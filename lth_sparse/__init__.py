@@ -5,6 +5,7 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").exists():  # source checkout: kernels/ lies beside this package
     __path__.append(str(Path(__file__).parents[1]))
 
+from . import optim
 from .actions import reinit_, rewind_, snapshot
 from .checkpoint import load_, save
 from .convert import densify_, density, pack_, sparsify_, summary, unpack_
@@ -18,6 +19,7 @@ __all__ = [
     "density",
     "find_ticket",
     "load_",
+    "optim",
     "pack_",
     "prune_",
     "reinit_",

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __path__ as package_path
-from . import __version__, dispatch, experiment, plots, recipe, report, runs
+from . import __version__, dispatch, experiment, ops, plots, recipe, report, runs
 from .progress import Progress
 
 console = Console(stderr=True, highlight=False, markup=False)
@@ -160,7 +160,9 @@ def _plot(options):
 
 def _env(options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {**runs.environment(), "strategies": list(dispatch.runnable(device, torch.float32))}
+    found = runs.environment() | {
+        f"{kind} strategies": list(dispatch.runnable(device, torch.float32, kind)) for kind in ops.STRATEGIES
+    }
     if options.json:
         print(json.dumps(found, indent=1))
         return

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .dispatch import Choice, Signature, choose
+from .dispatch import MASKED, Choice, Layer, choose
+from .hooks import disown
 from .nn import MASKED_CLASSES, MaskedLayer, MaskedMultiheadAttention, masked_layers, masked_weights
-from .optim import disown
-from .packed import PACKED_CLASSES, PackedLayer
+from .packed import PACKED_CLASSES, PackedLayer, product_shape
 
 
 def sparsify_(model: nn.Module, targets: str | Iterable[str] = "all", exclude: Iterable[str] = ()) -> nn.Module:
@@ -61,8 +61,8 @@ def mask_layer_(layer: nn.Module) -> None:
 def pack_(model: nn.Module, sample=None) -> nn.Module:
     """Pack the masked layers that it makes faster, in place, before an optimizer is made; return the model.
 
-    Linear layers alone so far: on the CPU float32 or float64, on CUDA float32 or half. All others stay masked and
-    compute densely. Masks, values and outputs stay; parameters become `values`, as long as what is kept.
+    Linear and Conv2d layers in float32 or half on CUDA, Linear ones in float32 or float64 on the CPU; all others stay
+    masked and compute densely. Masks, values and outputs stay; parameters become `values`, as long as what is kept.
 
     Args:
         sample: a batch for `model(sample)`; with it each layer's strategies are measured at its own shapes (about a
@@ -71,15 +71,17 @@ def pack_(model: nn.Module, sample=None) -> nn.Module:
     Raises:
         ValueError: no masked layer, or LTH_STRATEGY names no strategy.
     """
-    rows = _rows_seen(model, sample) if sample is not None else {}
+    shapes = _input_shapes(model, sample) if sample is not None else {}
     tied = {id(layer) for weight in masked_weights(model) if len(weight.owners) > 1 for layer, _ in weight.owners}
     for layer in masked_layers(model):
-        if type(layer) in PACKED_CLASSES and id(layer) not in tied:
-            weight, kept = layer.weight, int(layer.weight_mask.sum())
-            signature = Signature(rows.get(layer, 60), *weight.shape, kept / max(weight.numel(), 1), weight.dtype)
-            layer.choice = choose(signature, weight.device, measure=layer in rows)
-            if layer.choice.strategy != "masked":
-                layer.__class__ = PACKED_CLASSES[type(layer)]
+        packed = PACKED_CLASSES.get(type(layer))
+        if packed and id(layer) not in tied:
+            masks = packed.to_rows(layer.weight_mask)
+            seen = Layer(packed.kind, masks, packed.sizes(layer), layer.weight.dtype, shapes.get(layer))
+            layer.choice = choose(seen, measure=layer in shapes)
+            layer.fused = layer.choice.strategy == "fused"
+            if layer.choice.strategy not in MASKED:
+                layer.__class__ = packed
                 layer.pack_(layer.choice.strategy)
     return model
 
@@ -93,14 +95,15 @@ def unpack_(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _rows_seen(model, sample) -> dict[nn.Module, int]:
-    """Rows of the input that each masked Linear gets when `model` is given `sample`."""
-    rows: dict[nn.Module, int] = {}
+def _input_shapes(model, sample) -> dict[nn.Module, tuple[int, ...]]:
+    """The shapes that the products of the layers which can be packed get when `model` is given `sample`."""
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
     layers = [layer for layer in masked_layers(model) if type(layer) in PACKED_CLASSES]
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args: rows.update({layer: args[0][..., 0].numel()}))
-        for layer in layers
-    ]
+
+    def note(layer, inputs):
+        shapes[layer] = product_shape(layer, *inputs)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()(sample)  # so that no running statistics move
@@ -109,7 +112,7 @@ def _rows_seen(model, sample) -> dict[nn.Module, int]:
             module.training = mode
         for hook in hooks:
             hook.remove()
-    return rows
+    return shapes
 
 
 def densify_(model: nn.Module) -> nn.Module:
@@ -132,7 +135,8 @@ def density(model: nn.Module) -> float:
 class LayerSummary(NamedTuple):
     """One parameter: its state is "packed", "masked" or "dense"; `note` says why it is not the one before.
 
-    `gain` is how many times faster than masked `pack_` measured a step of the layer, None where it did not measure.
+    `gain` is how many times faster than masked `pack_` measured a step of the layer to be, None where it did not; the
+    note then has that of every strategy it tried.
     """
 
     name: str
@@ -180,7 +184,8 @@ def _masked_row(name, layer):
     weight = "weight" if isinstance(layer, PackedLayer) else weight
     mask, choice = getattr(layer, weight + "_mask"), getattr(layer, "choice", Choice("masked"))
     state = "packed" if isinstance(layer, PackedLayer) else "masked"
-    note = "dense measured faster" if choice.gain is not None and state == "masked" else ""
+    gains = ", ".join(f"{name} {gain:.2f}x" for name, gain in (choice.gains or {}).items())
+    note = ("dense measured faster: " if choice.strategy == "masked" else "measured: ") + gains if gains else ""
     counts = (tuple(mask.shape), int(mask.sum()), mask.numel())
     return LayerSummary(layer_name + dot + weight, *counts, state, choice.strategy, choice.gain, note)
 

@@ -1,8 +1,8 @@
 """The choice of strategy for a layer: a heuristic shortlist, measured, and kept on disk.
 
-Strategies: "masked" computes densely; "cpu" multiplies CSR matrices with MKL; "dense" multiplies
-the shadow densely and stores the weight gradient packed. LTH_STRATEGY forces one wherever it can run; LTH_CACHE names
-the folder of the measurements (~/.cache/lth_sparse).
+"masked" computes densely, and so does "fused", whose weight gradient is masked as our kernel stores it; the strategies
+of `ops` compute packed. LTH_STRATEGY forces one wherever it can run; LTH_CACHE names the folder of the measurements
+(~/.cache/lth_sparse).
 """
 
 import json
@@ -11,119 +11,173 @@ import math
 import os
 import platform
 import re
-import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import ops
 
-STRATEGIES = ("masked", "cpu", "dense")
-# One core, batch 60 (torch 2.15): CSR steps take 0.5x the dense time at density 0.1 on 4096 x 4096, 1.05x on 300 x 784.
-# A shadow costs 4 bytes a weight, which the shorter gradient and moments win back below a density of 0.7.
-MAX_DENSITY = {"cpu": 0.2, "dense": 0.7}
+MASKED = ("masked", "fused")  # strategies of the masked state
+NAMES = (*MASKED, *dict.fromkeys(name for kind in ops.STRATEGIES.values() for name in kind))
 MARGIN = 1.05  # a measured gain below this is noise, and masked is the safer state
 _log = logging.getLogger("lth_sparse")
 
 
 class Choice(NamedTuple):
-    """A strategy, and how many times faster than masked its whole step was measured (None: not measured)."""
+    """A strategy, how many times faster than masked its whole step was measured, and that of all that were measured."""
 
     strategy: str
     gain: float | None = None
+    gains: dict[str, float] | None = None
 
 
-class Signature(NamedTuple):
-    """What a linear layer's speed depends on: rows of its input, W [N, K], density, dtype."""
+class Layer(NamedTuple):
+    """What a layer's speed depends on: see `ops.packed` for kind, masks and sizes; `shape` is that of its input."""
 
-    rows: int
-    n: int
-    k: int
-    density: float
+    kind: str
+    masks: Tensor
+    sizes: tuple[int, ...]
     dtype: torch.dtype
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def density(self) -> float:
+        return int(self.masks.sum()) / max(self.masks.numel(), 1)
+
+    @property
+    def alive(self) -> float:
+        """The share of weights in rows and columns, or channels, that keep anything."""
+        live = ops.STRATEGIES[self.kind]["shrink"].live(self.masks)
+        return live.numel() / max(self.masks.numel(), 1)
 
     def key(self) -> str:
-        """The same for layers that should behave alike: rows to a power of 2, density to a quarter of an octave."""
-        rows = 2 ** round(math.log2(max(self.rows, 1)))
+        """The same for layers that should behave alike: batch to a power of 2, density to a quarter of an octave."""
+        batch = 2 ** round(math.log2(max(self.shape[0], 1)))
         octave = round(4 * math.log2(self.density)) / 4 if self.density > 0 else -math.inf
-        return f"linear {rows} {self.n}x{self.k} 2^{octave:.2f} {str(self.dtype)[6:]}"
+        sizes = "x".join(map(str, (batch, *self.shape[1:]))) + " " + "x".join(map(str, self.sizes))
+        return f"{self.kind} {sizes} 2^{octave:.2f} alive {self.alive:.1f} {str(self.dtype)[6:]}"
 
 
-def runnable(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The strategies that can compute a linear layer there; on the CPU "dense" only through Triton's interpreter."""
-    if device.type == "cuda":
-        return ("masked", "dense") if dtype in (torch.float32, torch.bfloat16, torch.float16) else ("masked",)
-    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
-        return ("masked",)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float32
-    return ("masked", "cpu", "dense") if interpreted else ("masked", "cpu")
+def runnable(device: torch.device, dtype: torch.dtype, kind: str = "linear") -> tuple[str, ...]:
+    """The strategies that can compute there; on the CPU all but "cpu" run only through Triton's interpreter."""
+    interpreted = device.type == "cpu" and dtype == torch.float32 and os.environ.get("TRITON_INTERPRET") == "1"
+    kernels = device.type == "cuda" and dtype in (torch.float32, torch.bfloat16, torch.float16) or interpreted
+    mkl = device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    fused = ("fused",) if kernels and kind == "linear" else ()
+    return ("masked", *fused, *(name for name in ops.STRATEGIES[kind] if (mkl if name == "cpu" else kernels)))
 
 
-def choose(signature: Signature, device: torch.device, measure: bool) -> Choice:
-    """How to compute a linear layer of that signature: measured, or with `measure` false by rule of thumb alone.
+def choose(layer: Layer, measure: bool) -> Choice:
+    """How to compute a layer: measured at its shape, or with `measure` false by rule of thumb alone.
 
     Raises:
         ValueError: LTH_STRATEGY names no strategy.
     """
-    forced, able = os.environ.get("LTH_STRATEGY"), runnable(device, signature.dtype)
-    if forced is not None and forced not in STRATEGIES:
-        raise ValueError(f"LTH_STRATEGY must be one of {', '.join(STRATEGIES)}, got {forced!r}")
+    forced, device = os.environ.get("LTH_STRATEGY"), layer.masks.device
+    if forced is not None and forced not in NAMES:
+        raise ValueError(f"LTH_STRATEGY must be one of {', '.join(NAMES)}, got {forced!r}")
+    able = [name for name in runnable(device, layer.dtype, layer.kind) if name != "shrink" or _shrinks(layer)]
     if forced:
         return Choice(forced if forced in able else "masked")
-    packed = {"cpu": "cpu", "cuda": "dense"}.get(device.type)
-    if packed not in able or signature.density > MAX_DENSITY[packed]:
-        return Choice("masked")
     if not measure:
-        return Choice(packed if packed == "cpu" and _is_sparse_enough(signature) else "masked")
-    gain = _remembered(signature, packed, device)
-    _log.info("%s: %s is %.2fx masked", signature.key(), packed, gain)
-    return Choice(packed if gain >= MARGIN else "masked", gain)
+        return Choice("cpu" if device.type == "cpu" and "cpu" in able and _surely_pays(layer) else "masked")
+    names = [name for name in shortlist(layer) if name in able]
+    if not names:
+        return Choice("masked")
+    gains = _remembered(layer, names)
+    _log.info("%s: times faster than masked: %s", layer.key(), gains)
+    best = max(gains, key=gains.get)
+    return Choice(best if gains[best] >= MARGIN else "masked", gains[best], gains)
 
 
-def measured_gain(signature: Signature, strategy: str, device: torch.device, repeats: int = 7) -> float:
-    """Median over interleaved pairs of the time of a masked step over that of a packed one, on random data.
+def shortlist(layer: Layer) -> list[str]:
+    """The strategies worth measuring for a layer, by rules of thumb; the likely best first.
+
+    On CUDA the limits are modelled, not measured: a shadow costs 4 bytes a weight, which the shorter gradient and
+    moments win back below a density of 0.7; expansion in registers pays while the step is bound by bytes; products
+    one by one run at a fifth of the rate of float32 matrices and a fortieth of that of bfloat16; a gradient masked as
+    it is stored saves 9 bytes a weight, but our float32 products without tensor cores are slower than cuBLAS's.
+    """
+    density, (batch, *_), linear = layer.density, layer.shape, layer.kind == "linear"
+    if layer.masks.device.type == "cpu":
+        # CSR steps take 0.5x the dense time at density 0.1 on 4096 x 4096, 1.05x on 300 x 784 (batch 60, one core)
+        return ["cpu"] if density <= 0.2 else []
+    exact = layer.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    few_products = density <= (0.2 if exact else 0.05)
+    bound_by_bytes = linear and batch <= 128 and layer.masks.numel() >= 2**20
+    rules = {
+        "shrink": _shrinks(layer) and layer.alive < 0.9,
+        "csr": few_products,
+        "bitmap": density <= 0.6 and (bound_by_bytes or not linear),
+        "dense": density <= 0.7,
+        "fused": linear and density < 1 and not exact,
+    }
+    return [name for name, holds in rules.items() if holds]
+
+
+def measured_gains(layer: Layer, names: list[str], repeats: int = 7) -> dict[str, float]:
+    """Median over interleaved rounds of the time of a masked step over that of each packed one, on random data.
 
     A step is forward, all three gradients, fused Adam, and the refresh of the shadow where there is one.
     """
-    steps = [_step(signature, name, device) for name in ("masked", strategy)]
-    times = [[_seconds(step, device) for step in steps] for _ in range(repeats + 2)][2:]
-    return statistics.median(masked / packed for masked, packed in times)
+    steps = [_step(layer, name) for name in ("masked", *names)]
+    times = [[_seconds(step, layer.masks.device) for step in steps] for _ in range(repeats + 2)][2:]
+    return {name: median(row[0] / row[i + 1] for row in times) for i, name in enumerate(names)}
 
 
-def _is_sparse_enough(signature):
-    large = signature.n * signature.k >= 2**18
-    return signature.density <= (0.12 if large else 0.06)
+def _shrinks(layer):
+    return layer.kind == "linear" or layer.sizes[-1] == 1  # one group
 
 
-def _step(signature, strategy, device):
-    rows, n, k, density, dtype = signature
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(n, k, generator=generator).to(device) < density
-    x = torch.randn(rows, k, generator=generator).to(device, dtype).requires_grad_()
-    dy = torch.randn(rows, n, generator=generator).to(device, dtype)
-    dense = torch.randn(n, k, generator=generator).to(device, dtype) * mask
-    weight = (dense.clone() if strategy == "masked" else dense[mask]).requires_grad_()
-    bias = torch.zeros(n, device=device, dtype=dtype, requires_grad=True)
-    optimizer = torch.optim.Adam([weight, bias], fused=True)
-    pattern = ops.csr(mask) if strategy == "cpu" else ops.bitmap(mask[None])
-    forward = {
-        "masked": lambda: F.linear(x, ops.mask_gradient(weight, mask), bias),
-        "cpu": lambda: ops.csr_linear(x, weight, bias, *pattern),
-        "dense": lambda: ops.shadow_linear(x, weight, dense, bias, *pattern),
-    }[strategy]
+def _surely_pays(layer):
+    return layer.density <= (0.12 if layer.masks.numel() >= 2**18 else 0.06)
+
+
+def _step(layer, name) -> Callable[[], None]:
+    kind, masks, sizes, dtype, shape = layer
+    generator, device = torch.Generator().manual_seed(0), masks.device
+    x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    weights = torch.randn(masks.shape, generator=generator).to(device, dtype) * masks
+    bias = torch.zeros(sizes[0], device=device, dtype=dtype, requires_grad=True)
+    if name in MASKED:
+        parameter, forward = _masked_forward(kind, masks, sizes, weights, name == "fused")
+        shadow = None
+    else:
+        how = ops.STRATEGIES[kind][name]
+        parameter, pattern, live = weights[masks].requires_grad_(), how.structures(masks, sizes), how.live(masks)
+        shadow = None if live is None else weights.new_zeros(live.shape).masked_scatter(live, parameter.detach())
+
+        def forward(x, values, bias):
+            return ops.packed(x, values, bias, shadow, pattern, sizes, kind, name)
+
+    optimizer = torch.optim.Adam([parameter, bias], fused=True)
+    with torch.no_grad():
+        dy = torch.randn(forward(x, parameter, bias).shape, generator=generator).to(device, dtype)
 
     def step():
-        output = forward()
+        output = forward(x, parameter, bias)
         optimizer.zero_grad()
         output.backward(dy)
         optimizer.step()
-        if strategy == "dense":
-            ops.refresh_(dense, weight.detach(), *pattern)
+        if shadow is not None:
+            ops.refresh_(shadow, parameter.detach(), pattern)
 
     return step
+
+
+def _masked_forward(kind, masks, sizes, weights, fused):
+    if kind == "linear":
+        mask = masks[0]
+        return weights[0].requires_grad_(), lambda x, weight, bias: ops.masked_linear(x, weight, mask, bias, fused)
+    mask, weight = (rows[0].permute(0, 3, 1, 2).contiguous() for rows in (masks, weights))
+    options = ops.conv_options(sizes)
+    return weight.requires_grad_(), lambda x, w, b: F.conv2d(x, ops.mask_gradient(w, mask), b, **options)
 
 
 def _seconds(step, device):
@@ -135,23 +189,25 @@ def _seconds(step, device):
     return time.perf_counter() - begin
 
 
-def _remembered(signature, strategy, device) -> float:
-    """The measured gain, from the file of this machine or measured now."""
+def _remembered(layer, names) -> dict[str, float]:
+    """The measured gains, from the file of this machine or measured now."""
+    device = layer.masks.device
     folder = Path(os.environ.get("LTH_CACHE") or Path.home() / ".cache" / "lth_sparse")
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
-    machine = re.sub(r"[^\w.]+", "-", f"{chip} {platform.machine()} torch {torch.__version__}")
+    precision = torch.get_float32_matmul_precision()
+    machine = re.sub(r"[^\w.]+", "-", f"{chip} {platform.machine()} torch {torch.__version__} {precision}")
     path = folder / f"{machine}.json"
-    known, key = _read(path), f"{strategy} {signature.key()}"
+    known, key = _read(path), f"{' '.join(names)}: {layer.key()}"
     if key not in known:
-        known[key] = measured_gain(signature, strategy, device)
+        known[key] = measured_gains(layer, names)
         _write(path, known)
     return known[key]
 
 
-def _read(path) -> dict[str, float]:
+def _read(path) -> dict[str, dict[str, float]]:
     try:
         known = json.loads(path.read_text())
-        return {key: gain for key, gain in known.items() if isinstance(gain, float)}
+        return {key: gains for key, gains in known.items() if all(isinstance(gain, float) for gain in gains.values())}
     except (OSError, ValueError, AttributeError):  # absent or damaged: measured again
         return {}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import ops
-from .optim import adopt, clean_, is_clean, is_ours, mark_pruned
+from .hooks import adopt, clean_, is_clean, is_ours, mark_pruned
 
 
 class MaskedLayer:
@@ -79,15 +79,19 @@ class MaskedLayer:
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
-    """`nn.Linear` with weight [out, in] zero off `weight_mask`."""
+    """`nn.Linear` with weight [out, in] zero off `weight_mask`.
+
+    `fused`: whether our kernel computes the weight gradient, masked as it is stored; `pack_` finds out if that pays.
+    """
 
     dense_class = nn.Linear
+    fused = False
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_ours(self.weight):
             return F.linear(input, self.masked_weight(), self.bias)
         self._sync_if_written()
-        return ops.masked_linear(input, self.weight, self.weight_mask, self.bias)
+        return ops.masked_linear(input, self.weight, self.weight_mask, self.bias, self.fused)
 
 
 class MaskedOutProjection(MaskedLinear, NonDynamicallyQuantizableLinear):

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .strategy import kernels, precision
+
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Weights per block of the gradient, masked while it is in cache. Of 2**17 to 2**25 the best at 1024 x 1024 and 4096 x
 # 4096: the step takes 1.14x the dense one and 1.10x, in a second pass over all 1.25x and 1.65x (batch 60, two threads).
@@ -44,22 +46,25 @@ def mask_gradient(weight: Tensor, mask: Tensor) -> Tensor:
     return _MaskGradient.apply(weight, mask)
 
 
-def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-    """y [..., N] = x [..., K] weight^T + bias, for a weight [N, K] zero off its bool mask; so is its gradient."""
-    if _is_plain(x, weight, bias):
-        return F.linear(x, weight, bias) if _keeps_all(mask) else _MaskedLinear.apply(x, weight, mask, bias)
+def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, fused: bool = False) -> Tensor:
+    """y [..., N] = x [..., K] weight^T + bias, for a weight [N, K] zero off its bool mask; so is its gradient.
+
+    `fused` has our own kernel compute the weight gradient, which then is masked as it is stored. Without, it is masked
+    block by block while in cache on the CPU, and in a second pass elsewhere.
+    """
+    if (weight.is_cpu or fused) and _is_plain(x, weight, bias):
+        return F.linear(x, weight, bias) if _keeps_all(mask) else _MaskedLinear.apply(x, weight, mask, bias, fused)
     return F.linear(x, mask_gradient(weight, mask), bias)
 
 
 def _is_plain(x, weight, bias):
-    """Whether an eager CPU training step calls, in one dtype that needs no cast."""
+    """Whether an eager training step calls, in one dtype that needs no cast."""
     return (
-        weight.is_cpu
-        and weight.requires_grad
+        weight.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(weight.device.type)
         and x.dtype == weight.dtype == (weight if bias is None else bias).dtype
         and x.dim() > 1
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -77,20 +82,27 @@ def _keeps_all(mask):
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, mask, bias):
+    def forward(ctx, x, weight, mask, bias, fused):
         ctx.save_for_backward(x, weight, mask)
+        ctx.fused = fused
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mask = ctx.saved_tensors
-        wants_x, _, _, wants_bias = ctx.needs_input_grad
-        rows, dy_rows = x.flatten(0, -2), dy.flatten(0, -2)
+        wants_x, _, _, wants_bias, _ = ctx.needs_input_grad
+        rows, dy_rows, dbias = x.flatten(0, -2), dy.flatten(0, -2), None
         if torch.is_grad_enabled():  # to be differentiated again
             weight, gradient = mask_gradient(weight, mask), apply_mask(dy_rows.t() @ rows, mask)
+        elif ctx.fused:
+            kernel = kernels("weight_gradient").masked_weight_gradient
+            gradient, dbias = kernel(dy_rows[None], rows[None], mask[None], wants_bias, precision())
+            gradient, dbias = gradient[0].to(weight.dtype), dbias if dbias is None else dbias[0].to(weight.dtype)
         else:
             gradient = _masked_product(dy_rows.t(), rows, mask, _like(weight))
-        return dy @ weight if wants_x else None, gradient, None, dy_rows.sum(0) if wants_bias else None
+        if wants_bias and dbias is None:
+            dbias = dy_rows.sum(0)
+        return dy @ weight if wants_x else None, gradient, None, dbias, None
 
 
 def _masked_product(a, b, mask, out):

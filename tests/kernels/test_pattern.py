@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lth_sparse.kernels.pattern import bitmap, csr, pack_bits, unpack_bits
+from lth_sparse.kernels.pattern import bitmap, pack_bits, unpack_bits
 
 
 def test_first_weight_lies_in_the_lowest_bit():
@@ -51,25 +51,3 @@ def test_bitmap_wants_equally_many_weights():
     masks[1, 0, 0] = False
     with pytest.raises(ValueError, match=r"equally many weights.*got \[4, 3\]"):
         bitmap(masks)
-
-
-@given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 2**20), st.sampled_from([0.0, 0.3, 1.0]))
-def test_csr_finds_every_weight_in_both_orders(n, k, seed, density):
-    mask = torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) < density
-    values = torch.arange(1.0, 1 + int(mask.sum()))
-    dense = torch.zeros(n, k).masked_scatter(mask, values)
-    row_starts, columns, column_starts, rows, order = csr(mask)
-    assert all(index.dtype == torch.int32 for index in (row_starts, columns, column_starts, rows, order))
-    back, transposed = torch.zeros(n, k), torch.zeros(k, n)
-    for i in range(n):
-        for at in range(row_starts[i], row_starts[i + 1]):
-            back[i, columns[at]] = values[at]
-    for j in range(k):
-        for at in range(column_starts[j], column_starts[j + 1]):
-            transposed[j, rows[at]] = values[order[at]]
-    assert torch.equal(back, dense) and torch.equal(transposed.t(), dense)
-
-
-def test_csr_is_of_matrices():
-    with pytest.raises(ValueError, match=r"2-D.*got \(2, 3, 4\)"):
-        csr(torch.ones(2, 3, 4, dtype=torch.bool))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_oracle import DEVICE, MASKS, close, make_masks, packed, random
 from lth_sparse.kernels.pattern import bitmap
-from lth_sparse.kernels.weight_gradient import weight_gradient
+from lth_sparse.kernels.weight_gradient import masked_weight_gradient, weight_gradient
 
 
 def operands(tickets, batch, n, k, dtype=torch.float32):
@@ -32,6 +32,17 @@ def test_equals_the_oracle_at_kept_positions(kind, shape, precision):
     theirs = packed(dy.transpose(1, 2) @ x, masks)
     assert gradient.dtype == torch.float32 and gradient.shape == wanted.shape
     assert close(gradient, wanted, theirs) and close(bias, wanted_bias, dy.sum(1))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("shape", [(1, 60, 70, 100), (3, 5, 17, 33)])
+def test_the_masked_store_writes_zeros_too(kind, shape):
+    masks, (dy, x) = make_masks(kind, shape[0], *shape[2:]), operands(*shape)
+    gradient, bias = masked_weight_gradient(dy, x, masks)
+    wanted, wanted_bias = oracle(dy, x, masks)
+    theirs = dy.transpose(1, 2) @ x
+    assert close(packed(gradient, masks), wanted, packed(theirs, masks)) and close(bias, wanted_bias, dy.sum(1))
+    assert gradient.shape == masks.shape and (gradient[~masks] == 0).all()
 
 
 def test_takes_any_strides_and_one_input_for_all_tickets():
@@ -78,7 +89,7 @@ def test_three_tf32_products_are_nearly_float32():
     [
         (lambda dy, x: (dy[:, :, :5], x), r"dy \(1, 4, 5\) and x \(1, 4, 40\) must be"),
         (lambda dy, x: (dy, x[:, :3]), r"dy \(1, 4, 8\) and x \(1, 3, 40\) must be"),
-        (lambda dy, x: (dy, x[:, :, :20]), "2 words of columns"),
+        (lambda dy, x: (dy, x[:, :, :20]), r"masks \(1, 8, 2\)"),
         (lambda dy, x: (dy[0], x[0]), "must be"),
         (lambda dy, x: (dy.double(), x.double()), "one dtype of float32, bfloat16, float16.*got torch.float64"),
         (lambda dy, x: (dy, x.bfloat16()), "torch.bfloat16"),
@@ -95,3 +106,9 @@ def test_unknown_precision_is_named():
     masks, (dy, x) = make_masks("random", 1, 8, 8), operands(1, 4, 8, 8)
     with pytest.raises(ValueError, match="precision must be one of ieee, tf32, tf32x3, got 'fp8'"):
         weight_gradient(dy, x, bitmap(masks), count(masks), precision="fp8")
+
+
+def test_masks_of_another_shape_are_named():
+    masks, (dy, x) = make_masks("random", 1, 8, 40), operands(1, 4, 8, 39)
+    with pytest.raises(ValueError, match=r"x \(1, 4, 39\) must be .* for masks \(1, 8, 40\)"):
+        masked_weight_gradient(dy, x, masks)
