@@ -76,6 +76,7 @@ def cases() -> Iterator[Case]:
     """Every kernel, with the operand types, layouts and sizes that its launcher meets."""
     yield from _weight_gradient()
     yield from _refresh()
+    yield from _bitmap_linear()
     yield from _csr_linear()
     yield from _optimizers()
     yield from _conv_direct()
@@ -112,6 +113,23 @@ def _refresh():
             ("ROWS", "COLUMNS"),
             wide="STG",
         )
+
+
+def _bitmap_linear():
+    module, bits, values, bias = _kernels("bitmap_linear"), _bitmap(1, 4096, 4096), meta(1, 10**6 + 1), meta(1, 4096)
+    wide, tile = "LDG.E.128", ("OUT", "STEP")  # of x; the values that a thread gathers are 4 bytes each
+    for dtype, precision in _precisions():
+        x, matrix = meta(1, 60, 4096, dtype=dtype), (dtype, precision) != (torch.float32, "ieee")
+        launches = {
+            "forward": partial(module.forward, x, values, bits, bias, True, precision),
+            "input gradient": partial(module.input_gradient, x, values, bits, 4096, precision),
+        }
+        for name, launch in launches.items():
+            label = f"bitmap_linear {name} {_label(dtype, precision)}"
+            yield Case(label, launch, "_bitmap_linear_kernel", tile, matrix, wide)
+        if precision == "ieee":
+            add_up = f"bitmap_linear add up {_label(dtype)}"
+            yield Case(add_up, launches["forward"], "_add_up_kernel", ("BLOCK",), wide=wide)
 
 
 def _csr_linear():

@@ -1,6 +1,6 @@
 """A training step of LeNet-300-100 as a user would write it: our layers against `torch.nn.utils.prune`.
 
-    python benchmarks/lenet_step.py [--batch 60] [--threads 2] [--pairs 201]
+    python benchmarks/lenet_step.py [--batch 60] [--threads 2] [--pairs 41]
 
 Theirs: `torch.nn.utils.prune` masks and torch's Adam as it comes. Ours: `sparsify_`, `prune_`, `pack_` with a sample,
 and the Adam of `lth_sparse`. Beside it the same dense network with either Adam. Data are random, masks too; ratios are
@@ -54,7 +54,7 @@ def row(density: float, options) -> str:
         (fused := copy.deepcopy(dense), torch.optim.Adam(fused.parameters(), 1.2e-3, fused=True)),
         (ours, lth.optim.Adam(ours.parameters(), 1.2e-3)),
     ]
-    times = seconds([make_step(*contestant, options.batch) for contestant in contestants], options.pairs, warmup=20)
+    times = seconds([make_step(*each, options.batch) for each in contestants], options.pairs, inner=10)
     states = "/".join(line.strategy for line in lth.summary(ours) if line.strategy)
     return f"| {density:.1%} | {states} | " + " | ".join(str(ratio(other, times[-1])) for other in times[:-1]) + " |"
 
@@ -63,7 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=201)
+    parser.add_argument("--pairs", type=int, default=41)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)

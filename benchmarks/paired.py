@@ -20,9 +20,13 @@ class Ratio(NamedTuple):
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def seconds(steps: Sequence[Callable[[], object]], rounds: int, warmup: int = 3) -> list[list[float]]:
-    """Seconds that each step took in each round, the device waited for; a row for each step."""
-    rows = [[_seconds(step) for step in steps] for _ in range(rounds + warmup)][warmup:]
+def seconds(steps: Sequence[Callable[[], object]], rounds: int, warmup: int = 3, inner: int = 1) -> list[list[float]]:
+    """Seconds a step, each timed in turn and the device waited for; a row for each step.
+
+    A timing is of `inner` steps in a row, after one that is not counted if they are several: more than one leaves in
+    the caches what stays there in a training.
+    """
+    rows = [[_seconds(step, inner) for step in steps] for _ in range(rounds + warmup)][warmup:]
     return [list(column) for column in zip(*rows, strict=True)]
 
 
@@ -33,12 +37,15 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     return Ratio(median(ordered), ordered[max(0, n // 2 - half)], ordered[min(n - 1, n // 2 + half)], n)
 
 
-def _seconds(step):
+def _seconds(step, inner):
+    if inner > 1:
+        step()
     _synchronize()
     begin = time.perf_counter()
-    step()
+    for _ in range(inner):
+        step()
     _synchronize()
-    return time.perf_counter() - begin
+    return (time.perf_counter() - begin) / inner
 
 
 def _synchronize():

@@ -88,10 +88,17 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     fused = False
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_ours(self.weight):
+        weight, mask = (
+            self._parameters["weight"],
+            self._buffers["weight_mask"],
+        )  # 3 x 10 us of a LeNet step by attribute
+        if not is_ours(weight):
             return F.linear(input, self.masked_weight(), self.bias)
-        self._sync_if_written()
-        return ops.masked_linear(input, self.weight, self.weight_mask, self.bias, self.fused)
+        if torch.compiler.is_compiling():
+            return F.linear(input, ops.mask_gradient(weight, mask), self.bias)
+        if not is_clean(weight):
+            clean_(weight, mask)
+        return ops.masked_linear(input, weight, mask, self._parameters["bias"], self.fused)
 
 
 class MaskedOutProjection(MaskedLinear, NonDynamicallyQuantizableLinear):
