@@ -5,14 +5,14 @@ import warnings
 import torch
 
 from ..kernels.groups import groups
-from .strategy import Strategy
+from .strategy import BatchLast
 
 with warnings.catch_warnings():  # torch warns once that CSR is in beta
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 0))
 
 
-class Cpu(Strategy):
+class Cpu(BatchLast):
     """Its pattern: row starts, columns, column starts, rows, and the order of the values by columns; int32."""
 
     def structures(self, masks, sizes):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ..kernels.groups import Groups, groups
 from ..kernels.pattern import Bitmap, bitmap
 from .cpu import Cpu
-from .strategy import Strategy, kernels, picklable, precision, unsigned
+from .strategy import BatchLast, Strategy, kernels, picklable, precision, unsigned
 
 
 class Dense(Strategy):
@@ -78,7 +78,7 @@ class Expanded(Dense):
         return input_gradient(dy, values, Bitmap(*pattern), shape[2], precision=precision())
 
 
-class Listed(Strategy):
+class Listed(BatchLast):
     """One product for each kept weight, on the CUDA cores."""
 
     def structures(self, masks, sizes):

