@@ -43,9 +43,11 @@ class Cpu(BatchLast):
         row_starts, columns, *_ = pattern
         gradients = []
         for ticket, (dy_batch, x_batch) in enumerate(zip(dy, x, strict=True)):
-            zeros = _sparse(row_starts[ticket], columns[ticket], torch.zeros_like(values[ticket]), x.shape[2])
-            # a CSR tensor's own autograd would return this gradient dense
-            gradients.append(torch.sparse.sampled_addmm(zeros, dy_batch.t(), x_batch, beta=0.0).values())
+            gradient = torch.zeros_like(values[ticket])
+            sampled = _sparse(row_starts[ticket], columns[ticket], gradient, x.shape[2])
+            # a CSR tensor's own autograd would return this gradient dense; a new result would copy the indices too
+            torch.sparse.sampled_addmm(sampled, dy_batch.t(), x_batch, beta=0.0, out=sampled)
+            gradients.append(gradient)
         return _stacked(gradients), dy.sum(1)
 
     def empty(self, x, shape):
