@@ -1,0 +1,181 @@
+"""What `compiled.py` compiles: every kernel, called by its launcher on tensors without memory."""
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class Case(NamedTuple):
+    """One kernel as one of its launchers launches it.
+
+    The product of the constants named in `tile` is what a program computes: instructions are counted for each of
+    those elements that a thread holds. `wide` names the instruction that must move 16 bytes at a time: LDGSTS or LDG
+    of operands, STG of results; the whole opcode where only some must; "" where none must.
+    """
+
+    name: str
+    launch: Callable[[], object]
+    kernel: str
+    tile: tuple[str, ...]
+    matrix: bool = False
+    wide: str = "LDGSTS"
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel, with the operand types, layouts and sizes that its launcher meets."""
+    yield from _weight_gradient()
+    yield from _refresh()
+    yield from _bitmap_linear()
+    yield from _csr_linear()
+    yield from _optimizers()
+    yield from _conv_direct()
+    yield from _conv_tiles()
+
+
+def _bitmap(tickets, n, k):
+    shape = (tickets, n, -(-k // 32))
+    return _kernels("pattern").Bitmap(meta(*shape, dtype=torch.int32), meta(*shape, dtype=torch.int32))
+
+
+def _weight_gradient():
+    module, bits, masks = _kernels("weight_gradient"), _bitmap(1, 4096, 4096), meta(1, 4096, 4096, dtype=torch.bool)
+    for dtype, precision in _precisions():
+        dy, x = meta(1, 60, 4096, dtype=dtype), meta(1, 60, 4096, dtype=dtype)
+        launches = {
+            "weight_gradient": partial(module.weight_gradient, dy, x, bits, 10**6 + 1, True, precision),
+            "masked_weight_gradient": partial(module.masked_weight_gradient, dy, x, masks, True, precision),
+        }
+        for name, launch in launches.items():
+            matrix = (dtype, precision) != (torch.float32, "ieee")
+            label = f"{name} {_label(dtype, precision)}"
+            yield Case(label, launch, "_weight_gradient_kernel", ("ROWS", "COLUMNS"), matrix)
+
+
+def _refresh():
+    module, bits = _kernels("shadow"), _bitmap(1, 4096, 4096)
+    for dtype in (torch.float32, torch.bfloat16):
+        shadow, values = meta(1, 4096, 4096, dtype=dtype), meta(1, 10**6 + 1, dtype=dtype)
+        yield Case(
+            f"refresh {_label(dtype)}",
+            lambda shadow=shadow, values=values: module.refresh_(shadow, values, bits),
+            "_refresh_kernel",
+            ("ROWS", "COLUMNS"),
+            wide="STG",
+        )
+
+
+def _bitmap_linear():
+    module, bits, values, bias = _kernels("bitmap_linear"), _bitmap(1, 4096, 4096), meta(1, 10**6 + 1), meta(1, 4096)
+    wide, tile = "LDG.E.128", ("OUT", "STEP")  # of x; the values that a thread gathers are 4 bytes each
+    for dtype, precision in _precisions():
+        x, matrix = meta(1, 60, 4096, dtype=dtype), (dtype, precision) != (torch.float32, "ieee")
+        launches = {
+            "forward": partial(module.forward, x, values, bits, bias, True, precision),
+            "input gradient": partial(module.input_gradient, x, values, bits, 4096, precision),
+        }
+        for name, launch in launches.items():
+            label = f"bitmap_linear {name} {_label(dtype, precision)}"
+            yield Case(label, launch, "_bitmap_linear_kernel", tile, matrix, wide)
+        if precision == "ieee":
+            add_up = f"bitmap_linear add up {_label(dtype)}"
+            yield Case(add_up, launches["forward"], "_add_up_kernel", ("BLOCK",), wide=wide)
+
+
+def _csr_linear():
+    module, groups = _kernels("csr_linear"), _kernels("groups").Groups
+    for dtype, size, batch in ((torch.float32, 4096, 512), (torch.bfloat16, 4096, 512), (torch.float32, 300, 60)):
+        nnz = size * size // 20 + 1
+        starts, order, long = (meta(1, n, dtype=torch.int32) for n in (size + 1, nnz, size))
+        index = meta(1, nnz, dtype=torch.uint16)
+        lists = groups(starts, index, long, starts, index, long, order)
+        x, values, bias = meta(1, batch, size, dtype=dtype), meta(1, nnz), meta(1, size)
+        launches = {
+            "forward": lambda x=x, v=values, b=bias, g=lists: module.forward(x, v, g, b, relu=True),
+            "input_gradient": lambda x=x, v=values, g=lists: module.input_gradient(x, v, g),
+            "weight_gradient": lambda x=x, g=lists: module.weight_gradient(x, x, g),
+        }
+        for name, launch in launches.items():
+            sampled = name == "weight_gradient"
+            kernel = "_weight_gradient_kernel" if sampled else "_multiply_kernel"
+            tile = ("ROWS", "BATCH", "BLOCKS" if sampled else "STEPS")
+            yield Case(f"csr {name} {_label(dtype)} {size}", launch, kernel, tile, wide="LDG.E.128")
+
+
+def _optimizers():
+    module, tables = _kernels("optimizer"), _kernels("table")
+    shadow, kept = meta(4096, 4096), meta(10**6 + 1, dtype=torch.int32)
+    tensors = [meta(10**6 + 1) for _ in range(4)]
+    rows = tables.table([tables.Update(*tensors, meta(1), shadow, kept)])
+    launches = {
+        "adam": lambda: module.adam_(rows, meta(1)),
+        "adamw": lambda: module.adam_(rows, 1e-3, weight_decay=0.01, decoupled=True),
+        "sgd": lambda: module.sgd_(rows, meta(1)),
+        "sgd nesterov": lambda: module.sgd_(rows, 0.1, momentum=0.9, nesterov=True),
+    }
+    for name, launch in launches.items():
+        kernel = "_adam_kernel" if name.startswith("adam") else "_sgd_kernel"
+        yield Case(name, launch, kernel, ("BLOCK",), wide="LDG.E.128")
+
+
+def _conv_direct():
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels, size in ((64, 32), (512, 2)):  # the largest and the smallest shape of a program
+            forward, gradient = _conv_direct_launches(channels, size, dtype)
+            tile, label = ("TILES", "GROUP", "LANES", "IMAGES"), f"{_label(dtype)} {channels}x{size}x{size}"
+            yield Case(f"conv_direct forward {label}", forward, "_direct_kernel", tile, wide="LDG.E.128")
+            yield Case(f"conv_direct input gradient {label}", gradient, "_direct_kernel", tile, wide="LDG.E.128")
+        yield Case(f"conv_direct copy {_label(dtype)}", forward, "_interleave_kernel", ("BLOCK", "IMAGES"), wide="STG")
+
+
+def _conv_direct_launches(channels, size, dtype):
+    """Launches of both directions for a 3x3 convolution of as many inputs as outputs."""
+    module, taps, geometry = _kernels("conv_direct"), _kernels("taps"), _kernels("windows").geometry(3, padding=1)
+    starts, places, order, long = (meta(n, dtype=torch.int32) for n in (channels + 1, 1105, 1105, channels))
+    near = taps.Reads(starts, places, meta(1105, dtype=torch.uint16), long)
+    lists, values, bias = taps.Taps(geometry, near, taps.Reads(starts, places, order, long)), meta(1105), meta(channels)
+    x = meta(60, channels, size, size, dtype=dtype)
+    return (
+        lambda: module.forward(x, values, lists, bias, geometry, relu=True),
+        lambda: module.input_gradient(x, values, lists, geometry, (size, size)),
+    )
+
+
+def _conv_tiles():
+    weight_gradient, bitmap = _kernels("conv_weight_gradient"), _kernels("conv_bitmap")
+    bits, values, tile = _bitmap(1, 128 * 9, 64), meta(10**6 + 1), ("PIXELS", "CHANNELS")
+    for (dtype, precision), stride in itertools.product(_precisions(), (1, 2)):
+        window = _kernels("windows").geometry(3, stride, 1)
+        x, dy = (meta(128, c, 32 // by, 32 // by, dtype=dtype) for c, by in ((64, 1), (128, stride)))
+        gradients = partial(weight_gradient.weight_gradient, dy, x, bits, 10**6 + 1, window, True, precision)
+        forward = partial(bitmap.forward, x, values, bits, meta(128), window, True, precision)
+        gradient = partial(bitmap.input_gradient, dy, values, bits, window, tuple(x.shape), precision)
+        label, matrix = f"{_label(dtype, precision)} stride {stride}", (dtype, precision) != (torch.float32, "ieee")
+        name = f"conv_weight_gradient {label}"
+        yield Case(name, gradients, "_weight_gradient_kernel", ("ROWS", "COLUMNS"), matrix)
+        # Only copies of 16 bytes bypass the first cache; those of the bitmap and the values are 4 bytes each.
+        wide = "LDGSTS.E.BYPASS"
+        yield Case(f"conv_bitmap forward {label}", forward, "_forward_kernel", tile, matrix, wide)
+        yield Case(f"conv_bitmap input gradient {label}", gradient, "_input_gradient_kernel", tile, matrix, wide)
+
+
+def _precisions():
+    """Operand types and how float32 is multiplied, as every matrix kernel is compiled."""
+    return [(torch.bfloat16, "ieee"), *((torch.float32, precision) for precision in ("tf32", "tf32x3", "ieee"))]
+
+
+def _label(dtype, precision=""):
+    return f"{TYPES[dtype]} {precision}".strip()
+
+
+def _kernels(module):
+    return importlib.import_module(f"lth_sparse.kernels.{module}")
