@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import ops
-from .dispatch import Layer
+from .dispatch import MASKED, Layer
 
 
 class Cost(NamedTuple):
@@ -31,8 +31,9 @@ class Machine(NamedTuple):
 
 
 def step_cost(layer: Layer, strategy: str) -> Cost:
-    """The `Cost` of a layer at its input shape; strategy "masked" is the dense layer with its bool mask (on the CPU a
-    Linear of up to 2**20 weights keeps 4 bytes more of each).
+    """The `Cost` of a layer at its input shape; "masked" and "fused" are the dense layer with its bool mask.
+
+    (A masked Linear of up to 2**20 weights keeps 4 bytes more of each on the CPU.)
 
     Resident are values, gradient and two moments, the shadow and where values lie in it, all index structures, and the
     bits of the mask.
@@ -41,7 +42,7 @@ def step_cost(layer: Layer, strategy: str) -> Cost:
     size, total, nnz = dtype.itemsize, masks.numel(), int(masks.sum())
     outputs = shape[0] * sizes[0] if kind == "linear" else math.prod(ops.output_shape(shape, sizes))
     images, positions = size * (math.prod(shape) + outputs), outputs // sizes[0]
-    if strategy == "masked":
+    if strategy in MASKED:
         return Cost(6 * positions * total, 3 * images + 10 * size * total + total, (4 * size + 1) * total)
     how = ops.STRATEGIES[kind][strategy]
     pattern, live = how.structures(masks, sizes), how.live(masks)
