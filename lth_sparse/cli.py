@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __path__ as package_path
-from . import __version__, dispatch, experiment, ops, plots, recipe, report, runs
+from . import __version__, dispatch, experiment, ops, plots, recipe, report, runs, training
 from .progress import Progress
 
 console = Console(stderr=True, highlight=False, markup=False)
@@ -29,6 +29,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process unless given); returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    training.keep_freed_memory()
     try:
         options = _parser().parse_args(arguments)
         return options.command(options) or 0

@@ -277,3 +277,16 @@ def test_an_interrupt_has_all_save(tmp_path, monkeypatch, where):
     with pytest.raises(KeyboardInterrupt):
         train([ticket(data, seed, folder=tmp_path) for seed in range(2)], data, settings(iterations="1000000"))
     assert (tmp_path / "training.safetensors").exists() and threading.active_count() == 1
+
+
+def test_freed_memory_is_kept_where_malloc_can(monkeypatch):
+    set_options = []
+
+    class Glibc:
+        def mallopt(self, option, value):
+            set_options.append((option, value))
+
+    for libc in (Glibc(), object()):
+        monkeypatch.setattr("ctypes.CDLL", lambda name, libc=libc: libc)
+        training.keep_freed_memory()
+    assert set_options == [(-8, 1), (-3, 2**30), (-1, 2**31 - 1)]
