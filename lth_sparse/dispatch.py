@@ -59,7 +59,8 @@ class Layer(NamedTuple):
     def key(self) -> str:
         """The same for layers that should behave alike: batch to a power of 2, density to a quarter of an octave."""
         batch = 2 ** round(math.log2(max(self.shape[0], 1)))
-        octave = round(4 * math.log2(self.density)) / 4 if self.density > 0 else -math.inf
+        density = self.density
+        octave = round(4 * math.log2(density)) / 4 if density > 0 else -math.inf
         sizes = "x".join(map(str, (batch, *self.shape[1:]))) + " " + "x".join(map(str, self.sizes))
         return f"{self.kind} {sizes} 2^{octave:.2f} alive {self.alive:.1f} {str(self.dtype)[6:]}"
 

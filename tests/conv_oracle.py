@@ -44,6 +44,16 @@ class Layer(NamedTuple):
     def bits(self) -> Bitmap:
         return bitmap(conv_rows(self.mask))
 
+    def in_other_strides(self) -> "list[Layer]":
+        """The same with images contiguous, and as slices of wider images with output gradients reversed in memory."""
+        batch, channels, *size = self.x.shape
+        wide = torch.zeros(batch, channels + 5, *size, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        wide[:, 3:-2] = self.x
+        return [
+            self._replace(x=self.x.contiguous(), dy=self.dy.contiguous()),
+            self._replace(x=wide[:, 3:-2], dy=self.dy.flip(3).contiguous().flip(3)),
+        ]
+
     def gradients(self, dtype=torch.float64, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Output without bias, input gradient and dense weight gradient in torch's `dtype`, on the layer's device."""
         x, weight = (t.detach().to(device, dtype).requires_grad_() for t in (self.x, self.weight))

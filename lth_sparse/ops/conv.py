@@ -3,6 +3,8 @@
 Weights lie channels last, so that the weights of a tap are neighbours, and so do the images that matrix kernels take.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -143,7 +145,13 @@ def output_shape(x_shape: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int,
 
 
 def _geometry(sizes):
-    return kernels("windows").geometry(sizes[1:3], sizes[3:5], sizes[5:7], sizes[7:9], sizes[9])
+    return _window(*sizes[1:])
+
+
+@cache
+def _window(*sizes):
+    """Checked once for each kind of convolution, not in each of its three products."""
+    return kernels("windows").geometry(sizes[0:2], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8])
 
 
 def _taps(pattern, sizes):
