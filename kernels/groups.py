@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .pattern import kept_weights
+
 
 class Groups(NamedTuple):
     """Where the kept weights of R masks [N, K] lie, by rows and by columns, and which of those are long.
@@ -34,11 +36,9 @@ def groups(masks: Tensor) -> Groups:
     """
     if masks.dim() != 3 or masks.dtype != torch.bool:
         raise ValueError(f"masks must be bool [R, N, K], got {masks.dtype} {tuple(masks.shape)}")
-    counts = masks.sum((1, 2)).tolist()
-    if len(set(counts)) != 1 or counts[0] >= 2**31:
-        raise ValueError(f"masks must keep equally many weights, fewer than 2**31, got {counts}")
+    nnz = kept_weights(masks)
     tickets, n_rows, n_columns = masks.shape
-    _, rows, columns = masks.nonzero().view(tickets, counts[0], 3).unbind(2)
+    _, rows, columns = masks.nonzero().view(tickets, nnz, 3).unbind(2)
     order = columns.sort(dim=1, stable=True).indices
     by_row, by_column = masks.sum(2), masks.sum(1)
     return Groups(

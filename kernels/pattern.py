@@ -28,6 +28,19 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     return ((bits[:, None] >> shifts) & 1).bool().flatten()[:numel].view(shape)
 
 
+def kept_weights(masks: Tensor) -> int:
+    """How many weights each of the bool `masks` [R, ...] keeps: as many as int32 can index, and all equally many.
+
+    Raises:
+        ValueError: tickets that keep different numbers of weights, or more than 2**31 - 1.
+    """
+    # one by one: a sum along dimensions copies a bool tensor to int64 first, 17 GB for 2**31 weights (torch 2.15)
+    counts = [int(torch.count_nonzero(mask)) for mask in masks]
+    if len(set(counts)) != 1 or counts[0] >= 2**31:
+        raise ValueError(f"masks must keep equally many weights, fewer than 2**31, got {counts}")
+    return counts[0]
+
+
 class Bitmap(NamedTuple):
     """Masks [R, N, K] as 32-bit words, and where the values of each word begin.
 
@@ -45,9 +58,7 @@ def bitmap(masks: Tensor) -> Bitmap:
     Raises:
         ValueError: tickets that keep different numbers of weights, or more than 2**31 - 1.
     """
-    counts = masks.flatten(1).sum(1).tolist()
-    if len(set(counts)) != 1 or counts[0] >= 2**31:
-        raise ValueError(f"masks must keep equally many weights, fewer than 2**31, got {counts}")
+    kept_weights(masks)
     bits = torch.nn.functional.pad(masks, (0, -masks.shape[2] % 32)).unflatten(2, (-1, 32))
     kept = bits.sum(-1)
     offsets = (kept.flatten(1).cumsum(1) - kept.flatten(1)).view_as(kept)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .pattern import kept_weights
 from .windows import Geometry
 
 
@@ -85,8 +86,7 @@ def _check(mask, geometry):
         )
     if mask.shape[0] % geometry.groups:
         raise ValueError(f"{mask.shape[0]} output channels do not fall into {geometry.groups} groups")
-    if mask.numel() >= 2**31 and mask.sum() >= 2**31:
-        raise ValueError(f"a mask must keep fewer than 2**31 weights, got {int(mask.sum())}")
+    kept_weights(mask[None])
     reach = [(kernel - 1) * apart for kernel, apart in zip(geometry.kernel, geometry.dilation, strict=True)]
     channels = max(mask.shape[0], mask.shape[1] * geometry.groups)
     if channels >= 2**15 or max(reach) >= 2**8:

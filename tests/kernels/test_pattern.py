@@ -4,7 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lth_sparse.kernels.groups import groups
 from lth_sparse.kernels.pattern import bitmap, pack_bits, unpack_bits
+from lth_sparse.kernels.taps import taps
+from lth_sparse.kernels.windows import geometry
 
 
 def test_first_weight_lies_in_the_lowest_bit():
@@ -35,6 +38,15 @@ def test_bits_round_trip_in_one_eighth_of_the_bytes(shape, seed, density):
 def test_bits_of_another_mask_are_refused(bits, got):
     with pytest.raises(ValueError, match=rf"^a mask of shape \(3, 5\) is 2 bytes of bits, got {got}$"):
         unpack_bits(bits, (3, 5))
+
+
+@pytest.mark.parametrize(
+    "structure", [bitmap, groups, lambda masks: taps(masks[0, :, :, None, None], geometry((1, 1)))]
+)
+def test_what_int32_cannot_index_is_refused(structure):
+    too_many = torch.ones((), dtype=torch.bool).expand(1, 2**14, 2**17)
+    with pytest.raises(ValueError, match=r"^masks must keep .* fewer than 2\*\*31, got \[2147483648\]$"):
+        structure(too_many)
 
 
 def test_bitmap_counts_what_lies_before_each_word():
