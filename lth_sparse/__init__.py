@@ -10,7 +10,7 @@ from .actions import reinit_, rewind_, snapshot
 from .checkpoint import load_, save
 from .convert import densify_, density, pack_, sparsify_, summary, unpack_
 from .lottery import find_ticket
-from .nn import sync_
+from .masks import sync_
 from .prune import prune_
 
 __version__ = "0.1.0"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .nn import masked_layers, sync_
+from .masks import masked_layers, sync_
 from .packed import PackedLayer, refuse_packed
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from . import ops
 from .actions import check_same_entries
 from .convert import mask_layer_, maskable, weight_names
-from .nn import MaskedLayer, masked_weights
+from .masks import masked_weights
+from .nn import MaskedLayer
 
 FORMAT = "lth-ticket-1"
 

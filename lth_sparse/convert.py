@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 from .dispatch import MASKED, Choice, Layer, choose
 from .hooks import disown
-from .nn import MASKED_CLASSES, MaskedLayer, MaskedMultiheadAttention, masked_layers, masked_weights
+from .masks import masked_layers, masked_weights
+from .nn import MASKED_CLASSES, MaskedLayer, MaskedMultiheadAttention
 from .packed import PACKED_CLASSES, PackedLayer, product_shape
 
 
@@ -69,8 +70,10 @@ def pack_(model: nn.Module, sample=None) -> nn.Module:
             second per new shape, kept on disk), without it a cautious rule of thumb packs on the CPU alone.
 
     Raises:
-        ValueError: no masked layer, or LTH_STRATEGY names no strategy.
+        ValueError: no masked layer, one in a captured CUDA graph, or LTH_STRATEGY names no strategy.
     """
+    for layer in masked_layers(model):
+        layer.refuse_captured("pack_")
     shapes = _input_shapes(model, sample) if sample is not None else {}
     tied = {id(layer) for weight in masked_weights(model) if len(weight.owners) > 1 for layer, _ in weight.owners}
     for layer in masked_layers(model):
@@ -87,7 +90,13 @@ def pack_(model: nn.Module, sample=None) -> nn.Module:
 
 
 def unpack_(model: nn.Module) -> nn.Module:
-    """Turn packed layers into masked ones again, with the same masks and values; return the model."""
+    """Turn packed layers into masked ones again, with the same masks and values; return the model.
+
+    Raises:
+        ValueError: a layer is in a captured CUDA graph.
+    """
+    for layer in masked_layers(model):
+        layer.refuse_captured("unpack_")
     for layer in masked_layers(model):
         if isinstance(layer, PackedLayer):
             layer.unpack_()

@@ -7,7 +7,7 @@ from . import checkpoint, data, models, report, runs, training
 from .actions import rewind_
 from .convert import sparsify_
 from .lottery import ARMS, Chain, search
-from .nn import get_masks, set_masks_
+from .masks import get_masks, set_masks_
 from .recipe import Recipe
 from .training import Result
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import runs, scores
 from .actions import reinit_, rewind_, snapshot
 from .convert import density
-from .nn import get_masks, masked_weights, set_masks_
+from .masks import get_masks, masked_weights, set_masks_
 from .prune import check_rate, prune_
 from .training import Result, Ticket
 

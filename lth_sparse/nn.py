@@ -21,6 +21,7 @@ class MaskedLayer:
     """What every masked layer adds to its torch class: a `<name>_mask` buffer for each name in `masked_names()`."""
 
     dense_class: type[nn.Module]
+    captured = False  # whether a CUDA graph was captured that may compute with the masks of now
 
     def masked_names(self) -> list[str]:
         return ["weight"]
@@ -35,8 +36,22 @@ class MaskedLayer:
             mark_pruned(weight)
         return self
 
+    def note_capture(self, tensor: Tensor) -> None:
+        """Remember that a CUDA graph holds a forward of this layer, if one is being captured."""
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.captured = True
+
+    def refuse_captured(self, verb: str) -> None:
+        """ValueError if a captured graph would go on computing with masks that `verb` is to change."""
+        if self.captured:
+            raise ValueError(
+                f"{verb} would change the masks of a layer under a captured CUDA graph, whose replays keep the old "
+                "ones: discard the graph, call lth_sparse.sync_(model), and capture again afterwards"
+            )
+
     def masked_weight(self) -> Tensor:
         """The weight, with a gradient that is zero off the mask."""
+        self.note_capture(self.weight)
         if not is_ours(self.weight):
             return torch.where(self.weight_mask, self.weight, 0)
         self._sync_if_written()
@@ -49,6 +64,7 @@ class MaskedLayer:
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self.captured = False  # a copy is in no graph
         self.sync_()  # copies of a Parameter forget that it is ours
 
     def _sync_if_written(self):
@@ -63,6 +79,10 @@ class MaskedLayer:
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         names = self.masked_names()
+        for name in names if self.captured else ():
+            mask = getattr(self, name + "_mask")
+            if not torch.equal(state_dict.get(prefix + name + "_mask", mask).to(mask), mask):
+                self.refuse_captured("load_state_dict")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for name in names:
             key = prefix + name + "_mask"
@@ -88,12 +108,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     fused = False
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, mask = (
-            self._parameters["weight"],
-            self._buffers["weight_mask"],
-        )  # attributes: 30 us a step
+        weight, mask = self._parameters["weight"], self._buffers["weight_mask"]  # as attributes: 30 us a step
         if not is_ours(weight) or torch.compiler.is_compiling():
             return F.linear(input, self.masked_weight(), self.bias)
+        self.note_capture(weight)
         if not is_clean(weight):
             clean_(weight, mask)
         return ops.masked_linear(input, weight, mask, self._parameters["bias"], self.fused)
@@ -173,6 +191,8 @@ class MaskedMultiheadAttention(MaskedLayer, nn.MultiheadAttention):
     def forward(self, *args, **kwargs):
         if not torch.compiler.is_compiling():
             self.attach_hooks()
+            for layer, name in self._projections():
+                layer.note_capture(getattr(layer, name))
         self._sync_if_written()
         given = [(p, name, p._parameters[name]) for p, name in self._projections() if not is_ours(getattr(p, name))]
         try:
@@ -220,67 +240,3 @@ MASKED_CLASSES = {
         *(MaskedConvTranspose1d, MaskedConvTranspose2d, MaskedConvTranspose3d),
     )
 }
-
-
-class MaskedWeight(NamedTuple):
-    """A masked parameter and the layers that own it (several when it is tied), as `(layer, parameter name)`."""
-
-    name: str
-    owners: list[tuple[nn.Module, str]]
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        layer, name = self.owners[0]
-        return getattr(layer, name)
-
-    @property
-    def mask(self) -> Tensor:
-        layer, name = self.owners[0]
-        return getattr(layer, name + "_mask")
-
-    def set_mask_(self, mask: Tensor) -> None:
-        """Take a new bool mask and zero the weight, and a gradient not yet stepped, off it."""
-        for layer, name in self.owners:
-            getattr(layer, name + "_mask").copy_(mask)
-            layer.sync_()
-
-
-def masked_weights(model: nn.Module) -> list[MaskedWeight]:
-    """Every masked weight of `model`, each once, named after its layer (attention: layer and parameter).
-
-    Raises:
-        ValueError: the model has no masked layer.
-    """
-    found: dict[int, MaskedWeight] = {}
-    for layer_name, layer in model.named_modules():
-        for name in layer.masked_names() if isinstance(layer, MaskedLayer) else ():
-            parts = [layer_name] if name == "weight" and layer_name else [layer_name, name]
-            weight = MaskedWeight(".".join(part for part in parts if part), [])
-            parameter = layer._parameters.get(name, layer)  # a packed layer has none of that name, and is not tied
-            found.setdefault(id(parameter), weight).owners.append((layer, name))
-    if not found:
-        raise ValueError("the model has no masked layers: call lth_sparse.sparsify_(model) first")
-    return list(found.values())
-
-
-def get_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the masks of `model`, by the name of the masked weight."""
-    return {weight.name: weight.mask.clone() for weight in masked_weights(model)}
-
-
-def set_masks_(model: nn.Module, masks: dict[str, Tensor]) -> None:
-    """Give `model` masks as `get_masks` returns them; what lies off them becomes zero."""
-    for weight in masked_weights(model):
-        weight.set_mask_(masks[weight.name])
-
-
-def masked_layers(model: nn.Module) -> list[MaskedLayer]:
-    """The masked layers of `model`, in its own order."""
-    return [layer for layer in model.modules() if isinstance(layer, MaskedLayer)]
-
-
-def sync_(model: nn.Module) -> nn.Module:
-    """Zero every masked weight off its mask after writes that autograd cannot see (`weight.data`); return the model."""
-    for layer in masked_layers(model):
-        layer.sync_()
-    return model

@@ -93,6 +93,7 @@ class PackedLayer(MaskedLayer):
     def product(self, input: Tensor) -> Tensor:
         """The layer's linear map of an input [B, K] or [B, Cin, H, W], with the bias added."""
         ops.check_input(input, self.values, self.input_shape())
+        self.note_capture(self.values)
         # functional_call hands in other values: the shadow is made from those
         shadow = self.shadow if isinstance(self.values, nn.Parameter) else self._make_shadow(self.values)
         return ops.packed(input, self.values, self.bias, shadow, self.pattern, self.sizes(), self.kind, self.strategy)

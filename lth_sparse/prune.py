@@ -8,7 +8,7 @@ from torch import Tensor, nn, optim
 from . import scores as _scores
 from .convert import match
 from .hooks import carry_state_
-from .nn import MaskedWeight, masked_weights
+from .masks import MaskedWeight, masked_weights
 from .packed import refuse_packed
 
 SCOPES = ("layer", "global")

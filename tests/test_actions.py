@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lth_sparse as lth
-from lth_sparse.nn import masked_weights
+from lth_sparse.masks import masked_weights
 
 
 class Network(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 import lth_sparse as lth
-from lth_sparse.nn import masked_weights
+from lth_sparse.masks import masked_weights
 
 
 def attention(kind):

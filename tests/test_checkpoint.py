@@ -11,7 +11,7 @@ from torch import nn
 
 import lth_sparse as lth
 from lth_sparse.checkpoint import read_tensors, write_tensors
-from lth_sparse.nn import masked_weights
+from lth_sparse.masks import masked_weights
 
 
 def network(seed=0):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import lth_sparse as lth
-from lth_sparse.nn import MaskedLayer, masked_weights
+from lth_sparse.masks import masked_weights
+from lth_sparse.nn import MaskedLayer
 
 
 class Body(nn.Module):

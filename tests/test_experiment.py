@@ -12,7 +12,7 @@ import torch
 
 import lth_sparse as lth
 from lth_sparse import checkpoint, experiment, lottery, models, report, runs, training
-from lth_sparse.nn import masked_weights
+from lth_sparse.masks import masked_weights
 from lth_sparse.recipe import Recipe
 
 ARMS = ("ticket", "reinit", "reinit-chain", "random")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 import lth_sparse as lth
-from lth_sparse.nn import masked_weights
+from lth_sparse.masks import masked_weights
 
 
 class Shift(optim.Optimizer):

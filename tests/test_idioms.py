@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lth_sparse as lth
-from lth_sparse.nn import masked_weights
+from lth_sparse.masks import masked_weights
 
 
 @torch.no_grad()

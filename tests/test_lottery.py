@@ -6,7 +6,7 @@ from torch import nn
 
 import lth_sparse as lth
 from lth_sparse.lottery import Chain, find_ticket, search
-from lth_sparse.nn import masked_weights
+from lth_sparse.masks import masked_weights
 from lth_sparse.training import Result
 
 

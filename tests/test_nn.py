@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lth_sparse as lth
-from lth_sparse.nn import MASKED_CLASSES
+from lth_sparse.nn import MASKED_CLASSES, MaskedLinear
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (4, 6)),
@@ -145,3 +145,41 @@ def test_exports():
 def test_masked_classes_are_their_dense_classes():
     for dense, masked in MASKED_CLASSES.items():
         assert issubclass(masked, dense) and masked.dense_class is dense
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: lth.prune_(model, 0.5),
+        lambda model: lth.pack_(model),
+        lambda model: lth.densify_(model),
+        lambda model: model.load_state_dict({**model.state_dict(), "0.weight_mask": torch.zeros(3, 4)}),
+    ],
+)
+def test_masks_stay_as_they_are_under_a_captured_graph(monkeypatch, change):
+    model = lth.sparsify_(nn.Sequential(nn.Linear(4, 3), nn.Conv2d(1, 1, 1)))
+    monkeypatch.setattr(MaskedLinear, "note_capture", lambda layer, tensor: setattr(layer, "captured", True))
+    model[0](torch.rand(2, 4))
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"masks of a layer under a captured CUDA graph.*sync_"):
+        change(model)
+    assert model[0].weight_mask.all() and all(torch.equal(before[key], now) for key, now in model.state_dict().items())
+    model.load_state_dict(before)  # the same masks
+    change(lth.sync_(model))
+    assert not copy.deepcopy(model)[0].captured
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_captured_graph_is_noticed(monkeypatch, packed):
+    monkeypatch.setenv("LTH_STRATEGY", "dense" if packed else "masked")
+    model = lth.prune_(lth.sparsify_(nn.Sequential(nn.Linear(64, 64)).cuda()), 0.5)
+    lth.pack_(model)
+    x = torch.rand(2, 64, device="cuda")
+    model(x)
+    assert not model[0].captured
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        model(x)
+    with pytest.raises(ValueError, match="under a captured CUDA graph"):
+        lth.unpack_(model)
+    lth.unpack_(lth.sync_(model))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lth_sparse as lth
-from lth_sparse.nn import masked_weights
+from lth_sparse.masks import masked_weights
 from lth_sparse.prune import lowest
 
 

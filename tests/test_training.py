@@ -12,7 +12,7 @@ import lth_sparse as lth
 from lth_sparse import models, training
 from lth_sparse.checkpoint import read_tensors
 from lth_sparse.data import Data, Split
-from lth_sparse.nn import masked_weights
+from lth_sparse.masks import masked_weights
 from lth_sparse.recipe import Recipe
 from lth_sparse.training import Result, Ticket, evaluate, learning_rate, train
 
