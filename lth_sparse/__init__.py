@@ -8,9 +8,10 @@ if not (Path(__file__).parent / "kernels").exists():  # source checkout: kernels
 from . import optim
 from .actions import reinit_, rewind_, snapshot
 from .checkpoint import load_, save
-from .convert import densify_, density, pack_, sparsify_, summary, unpack_
+from .convert import densify_, density, sparsify_, summary
 from .lottery import find_ticket
 from .masks import sync_
+from .packing import pack_, unpack_
 from .prune import prune_
 
 __version__ = "0.1.0"

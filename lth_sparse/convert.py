@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .dispatch import MASKED, Choice, Layer, choose
+from .dispatch import Choice
 from .hooks import disown
 from .masks import masked_layers, masked_weights
 from .nn import MASKED_CLASSES, MaskedLayer, MaskedMultiheadAttention
-from .packed import PACKED_CLASSES, PackedLayer, product_shape
+from .packed import PackedLayer
+from .packing import unpack_
 
 
 def sparsify_(model: nn.Module, targets: str | Iterable[str] = "all", exclude: Iterable[str] = ()) -> nn.Module:
@@ -57,71 +58,6 @@ def mask_layer_(layer: nn.Module) -> None:
     layer.sync_()
     if isinstance(layer, MaskedMultiheadAttention):
         layer.attach_hooks()
-
-
-def pack_(model: nn.Module, sample=None) -> nn.Module:
-    """Pack the masked layers that it makes faster, in place, before an optimizer is made; return the model.
-
-    Linear and Conv2d layers in float32 or half on CUDA, Linear ones in float32 or float64 on the CPU; all others stay
-    masked and compute densely. Masks, values and outputs stay; parameters become `values`, as long as what is kept.
-
-    Args:
-        sample: a batch for `model(sample)`; with it each layer's strategies are measured at its own shapes (about a
-            second per new shape, kept on disk), without it a cautious rule of thumb packs on the CPU alone.
-
-    Raises:
-        ValueError: no masked layer, one in a captured CUDA graph, or LTH_STRATEGY names no strategy.
-    """
-    for layer in masked_layers(model):
-        layer.refuse_captured("pack_")
-    shapes = _input_shapes(model, sample) if sample is not None else {}
-    tied = {id(layer) for weight in masked_weights(model) if len(weight.owners) > 1 for layer, _ in weight.owners}
-    for layer in masked_layers(model):
-        packed = PACKED_CLASSES.get(type(layer))
-        if packed and id(layer) not in tied:
-            masks = packed.to_rows(layer.weight_mask)
-            seen = Layer(packed.kind, masks, packed.sizes(layer), layer.weight.dtype, shapes.get(layer))
-            layer.choice = choose(seen, measure=layer in shapes)
-            layer.fused = layer.choice.strategy == "fused"
-            if layer.choice.strategy not in MASKED:
-                layer.__class__ = packed
-                layer.pack_(layer.choice.strategy)
-    return model
-
-
-def unpack_(model: nn.Module) -> nn.Module:
-    """Turn packed layers into masked ones again, with the same masks and values; return the model.
-
-    Raises:
-        ValueError: a layer is in a captured CUDA graph.
-    """
-    for layer in masked_layers(model):
-        layer.refuse_captured("unpack_")
-    for layer in masked_layers(model):
-        if isinstance(layer, PackedLayer):
-            layer.unpack_()
-    return model
-
-
-@torch.no_grad()
-def _input_shapes(model, sample) -> dict[nn.Module, tuple[int, ...]]:
-    """The shapes that the products of the layers which can be packed get when `model` is given `sample`."""
-    shapes: dict[nn.Module, tuple[int, ...]] = {}
-    layers = [layer for layer in masked_layers(model) if type(layer) in PACKED_CLASSES]
-
-    def note(layer, inputs):
-        shapes[layer] = product_shape(layer, *inputs)
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()(sample)  # so that no running statistics move
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for hook in hooks:
-            hook.remove()
-    return shapes
 
 
 def densify_(model: nn.Module) -> nn.Module:

@@ -1,7 +1,6 @@
 """Data sets as tensors on the device, split, scaled and the same in every run."""
 
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -31,14 +30,18 @@ _IDX_MD5 = {  # of the unpacked files, which torchvision reads unchecked: it kno
 
 
 class Split(NamedTuple):
-    """Images [n, C, H, W], contiguous, and their labels, int64 [n], on one device; float32 once scaled."""
+    """Images [n, C, H, W], contiguous, uint8 or float32, and their labels, int64 [n], on one device."""
 
     images: Tensor
     labels: Tensor
 
 
 class Data(NamedTuple):
-    """A data set ready to train on; `input_shape` is (C, H, W)."""
+    """A data set ready to train on; `input_shape` is (C, H, W).
+
+    What a network is given are images * scale + shift, float32 [C] each, as images of whole levels are kept as uint8;
+    without scale and shift it is given the images.
+    """
 
     name: str
     train: Split
@@ -47,6 +50,20 @@ class Data(NamedTuple):
     input_shape: tuple[int, int, int]
     classes: int
     normalization: str
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Images [n, C, H, W] as a network takes them: scaled, float32."""
+        if self.scale is None:
+            return images
+        return images.float() * self.scale[:, None, None] + self.shift[:, None, None]
+
+    def scaled(self) -> "Data":
+        """The same with images that are scaled already, in four times the memory."""
+        splits = {name: getattr(self, name) for name in ("train", "validation", "test")}
+        inputs = {name: Split(self.inputs(split.images), split.labels) for name, split in splits.items()}
+        return self._replace(**inputs, scale=None, shift=None)
 
 
 def load(
@@ -60,7 +77,7 @@ def load(
     size: int | None = None,
     noise: float | None = None,
 ) -> Data:
-    """Load one of `NAMES`: ten classes each, images float32, the same bits for the same arguments.
+    """Load one of `NAMES`: ten classes each, the same bits for the same arguments.
 
     The original training set is permuted by `seed`: the first `validation_size` images validate, the rest
     train. The test set is the original one in its order, whatever the seed; of digits (8x8, inside
@@ -92,16 +109,18 @@ def load(
         original, test = _digits()
     else:
         original, test = _torchvision(name, Path(root).expanduser(), download)
-    scaled = _scaling(normalization, _LEVELS.get(name, 255), original.images)
+    if normalization == "l2":
+        original, test = (Split(_lengths_to_one(part.images), part.labels) for part in (original, test))
+    scale, shift = _scaling(normalization, _LEVELS.get(name, 255), original.images)
     order = torch.randperm(len(original.labels), generator=torch.Generator().manual_seed(seed))
 
-    def split(images, labels):  # scaled on the CPU, so that the bits do not hang on the device
-        return Split(scaled(images).to(device), labels.to(device))
+    def there(images, labels):
+        return Split(images.to(device), labels.to(device))
 
     parts = order[validation_size:], order[:validation_size]
-    train, validation = (split(original.images[part], original.labels[part]) for part in parts)
+    train, validation = (there(original.images[part], original.labels[part]) for part in parts)
     shape = tuple(test.images.shape[1:])
-    return Data(name, train, validation, split(*test), shape, classes=10, normalization=normalization)
+    return Data(name, train, validation, there(*test), shape, 10, normalization, scale.to(device), shift.to(device))
 
 
 def maxgroup(count: int, noise: float = 0.0, seed: int = 0) -> Split:
@@ -146,26 +165,31 @@ def _usable(device) -> torch.device:
         raise ValueError(f"the device {str(device)!r} is not available to torch on this machine") from error
 
 
-def _scaling(normalization, levels, original) -> Callable[[Tensor], Tensor]:
-    """The function from images of levels 0 to `levels` to scaled ones, float32."""
-    if normalization == "none":
-        return Tensor.float
-    if normalization == "l2":
-        return lambda images: torch.nn.functional.normalize(images.float() / levels, dim=(1, 2, 3), eps=1e-30)
+def _scaling(normalization, levels, original) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each channel for images of levels 0 to `levels`, on the CPU, so on every device the same."""
+    channels = original.shape[1]
+    if normalization in ("none", "l2"):
+        return torch.ones(channels), torch.zeros(channels)
     if normalization == "statistics":
-        std, mean = torch.std_mean(original.float() / levels, dim=(0, 2, 3), keepdim=True, correction=0)
+        std, mean = torch.std_mean(original.float() / levels, dim=(0, 2, 3), correction=0)
         # Four decimals, as usually quoted, so that no bit hangs on the order of additions.
-        mean, std = mean.round(decimals=4), std.round(decimals=4)
+        mean, std = mean.round(decimals=4).double(), std.round(decimals=4).double()
     else:
         mean, std = {"unit": (0.0, 1.0), "half": (0.5, 0.5), "lecun": (0.078, 0.784)}[normalization]
-    return lambda images: (images.float() / levels - mean) / std
+        mean, std = (torch.full((channels,), value, dtype=torch.float64) for value in (mean, std))
+    return (1 / (levels * std)).float(), (-mean / std).float()
+
+
+def _lengths_to_one(images):
+    """Each image divided by its Euclidean norm, which no scale of a channel can do; blank ones stay blank."""
+    return torch.nn.functional.normalize(images.float(), dim=(1, 2, 3), eps=1e-30)
 
 
 def _digits() -> tuple[Split, Split]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images, labels = torch.tensor(digits.images).float().unsqueeze(1), torch.tensor(digits.target).long()
+    images, labels = torch.tensor(digits.images).byte().unsqueeze(1), torch.tensor(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, test = order[360:], order[:360]
     return Split(images[train], labels[train]), Split(images[test], labels[test])

@@ -74,17 +74,20 @@ def runnable(device: torch.device, dtype: torch.dtype, kind: str = "linear") -> 
     return ("masked", *fused, *(name for name in ops.STRATEGIES[kind] if (mkl if name == "cpu" else kernels)))
 
 
-def choose(layer: Layer, measure: bool) -> Choice:
+def choose(layer: Layer, measure: bool, forced: str = "auto") -> Choice:
     """How to compute a layer: measured at its shape, or with `measure` false by rule of thumb alone.
 
+    `forced`, else LTH_STRATEGY, is a strategy to use wherever it can run; masked is what is left elsewhere.
+
     Raises:
-        ValueError: LTH_STRATEGY names no strategy.
+        ValueError: `forced` or LTH_STRATEGY names no strategy.
     """
-    forced, device = os.environ.get("LTH_STRATEGY"), layer.masks.device
-    if forced is not None and forced not in NAMES:
+    device = layer.masks.device
+    forced = os.environ.get("LTH_STRATEGY", "auto") if forced == "auto" else forced
+    if forced not in ("auto", *NAMES):
         raise ValueError(f"LTH_STRATEGY must be one of {', '.join(NAMES)}, got {forced!r}")
     able = [name for name in runnable(device, layer.dtype, layer.kind) if name != "shrink" or _shrinks(layer)]
-    if forced:
+    if forced != "auto":
         return Choice(forced if forced in able else "masked")
     if not measure:
         return Choice("cpu" if device.type == "cpu" and "cpu" in able and _surely_pays(layer) else "masked")

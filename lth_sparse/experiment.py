@@ -96,6 +96,7 @@ def _record(chain, round, result: Result, recipe) -> dict:
     content |= chain.finished[round] | {"precision": recipe.precision, "iterations": recipe.iterations}
     content |= {"early_stop": result.early_stop, "final": result.history[-1]}
     content |= {"train_accuracy": result.train_accuracy, "seconds": result.seconds}
+    content |= result.how
     chain.finished[round] = content
     runs.write_json(folder / "result.json", content)
     _forget_state(folder)

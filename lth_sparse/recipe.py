@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from . import data, models, scores
+from . import data, dispatch, models, scores
 from .prune import SCOPES, check_rate
 
 ARMS = ("ticket", "reinit", "reinit-chain", "random")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 PRECISIONS = ("fp32", "tf32", "bf16")
+AUGMENTATIONS = ("none", "crop-flip")
 
 _ADAM = dict(batch_size=60, optimizer="adam", scope="layer", prune_rate_fc=0.2)
 _SGD = dict(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, scope="global", prune_rate_conv=0.2)
@@ -31,6 +32,7 @@ PAPER = {
 }
 # 8x8 digits: 2,000 iterations of 60 are 96 epochs, and evaluating 540 images is cheap.
 _DIGITS = dict(rounds=8, iterations="2000", evaluate_every="50")
+_AUGMENTED = ("resnet-18", "vgg-19")  # paper, appendix I
 _DEFAULTS = dict(rounds=20, evaluate_every="100", milestones=(), momentum=0.9, weight_decay=0.0)
 _RANGES = dict(rounds=(0, 200), trials=(1, 1000), batch_size=(1, 2**20), threads=(0, 1024), seed=(0, 2**63 - 1))
 # LeNet has no convolution, and the only Linear of the deep networks, their output, stays whole.
@@ -71,6 +73,10 @@ class Recipe:
     normalization: str = _option("unit", "scaling of the inputs", choices=data.NORMALIZATIONS)
     activation: str = _option("relu", "of the hidden layers", choices=tuple(models.ACTIVATIONS))
     precision: str = _option("fp32", "arithmetic of the training", choices=PRECISIONS)
+    augmentation: str | None = _option(
+        None, "of training images (crop-flip for resnet-18 and vgg-19 on cifar10)", choices=AUGMENTATIONS
+    )
+    strategy: str = _option("auto", "how layers are computed; auto: as measured", choices=("auto", *dispatch.NAMES))
     device: str = _option("auto", "cpu, cuda, or auto: cuda where there is one")
     threads: int = _option(0, "cores per ticket on the CPU; 0 shares them out")
     seed: int = _option(0, "everything random follows from it")
@@ -81,6 +87,7 @@ class Recipe:
             if choices and value is not None and value not in choices:
                 raise ValueError(f"unknown {f.name} {value!r}: choose from {', '.join(choices)}")
         defaults = _DEFAULTS | PAPER[self.model] | (_DIGITS if self.dataset == "digits" else {})
+        defaults["augmentation"] = "crop-flip" if self.dataset == "cifar10" and self.model in _AUGMENTED else "none"
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

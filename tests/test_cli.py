@@ -155,7 +155,13 @@ def test_outputs(capsys, monkeypatch):
         assert capsys.readouterr() == (wanted, "")
 
 
-SAVING_SOON = "import sys; from lth_sparse import cli, training; training.SAVE_SECONDS = 0.1; sys.exit(cli.main())"
+SAVING_SOON = """
+import sys
+from lth_sparse import cli
+from lth_sparse.training import group
+group.SAVE_SECONDS = 0.1
+sys.exit(cli.main())
+"""
 
 
 def test_interrupts(tmp_path, no_figures):
@@ -173,7 +179,7 @@ def test_interrupts(tmp_path, no_figures):
         process.send_signal(number)
         out, err = process.communicate(timeout=100)
         assert process.returncode == 130 and out == "" and "interrupted" in err and err.count("\n") == 1, err
-        assert [path.name for path in folder.iterdir()] == ["training.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == ["strategies.json", "training.safetensors"]
         assert trained < (trained := read_tensors(state)[1]["iteration"]) < 2000
     for run in ("run", "undisturbed"):
         assert main([*given, f"--out={run}"]) == 0

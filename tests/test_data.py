@@ -98,8 +98,8 @@ def assert_well_formed(loaded, sizes, shape):
     assert loaded.input_shape == shape and loaded.classes == 10
     for split, size in zip((loaded.train, loaded.validation, loaded.test), sizes, strict=True):
         assert split.images.shape == (size, *shape) and split.labels.shape == (size,)
-        assert split.images.dtype == torch.float32 and split.labels.dtype == torch.int64
-        assert split.images.is_contiguous() and split.images.isfinite().all()
+        assert split.images.dtype in (torch.uint8, torch.float32) and split.labels.dtype == torch.int64
+        assert split.images.is_contiguous() and loaded.inputs(split.images).isfinite().all()
         assert split.labels.min() == 0 and split.labels.max() == 9
     assert loaded.test.labels.unique().tolist() == list(range(10))
 
@@ -108,7 +108,9 @@ def test_digits_need_no_files():
     loaded = data.load("digits", root="/nowhere")
     assert_well_formed(loaded, (1257, 180, 360), (1, 8, 8))
     assert (loaded.name, loaded.normalization) == ("digits", "unit")
-    assert loaded.train.images.min() == 0 and loaded.train.images.max() == 1
+    images = loaded.inputs(loaded.train.images)
+    assert images.dtype == torch.float32 and images.min() == 0 and images.max() == 1
+    assert loaded.train.images.dtype == torch.uint8 and loaded.train.images.max() == 16  # as it is stored
 
 
 def test_digits_are_split_without_loss_or_overlap():
@@ -149,7 +151,7 @@ def test_files_are_read_in_their_layout(name, shape, tmp_path, request, offline)
     original = torch.cat([loaded.validation.images, loaded.train.images])
     assert torch.equal(original, original[:, :1, :1, :1].expand_as(original))
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(original[:, 0, 0, 0], order.float())
+    assert torch.equal(original[:, 0, 0, 0], order.byte())
     assert torch.equal(torch.cat([loaded.validation.labels, loaded.train.labels]), order % 10)
     assert offline == []
 
@@ -159,7 +161,7 @@ def test_cifar10_pixels_keep_their_place(cifar10, tmp_path, monkeypatch):
     digest = write_pickle(cifar10 / "test_batch", {"data": pixels, "labels": [i % 10 for i in range(20)]})
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", digest]])
     test = data.load("cifar10", tmp_path, "none", validation_size=5).test
-    assert torch.equal(test.images, torch.from_numpy(pixels).float().view(20, 3, 32, 32))
+    assert torch.equal(test.images, torch.from_numpy(pixels).view(20, 3, 32, 32))
 
 
 def test_home_and_str_roots(mnist, tmp_path, monkeypatch, offline):
@@ -282,7 +284,9 @@ def test_broken_torchvision_is_one_sentence(failure, mnist, tmp_path, monkeypatc
 
 
 def scaled(images, normalization, levels=255):
-    return data._scaling(normalization, levels, images)(images)
+    scale, shift = data._scaling(normalization, levels, images)
+    images = data._lengths_to_one(images) if normalization == "l2" else images
+    return images * scale[:, None, None] + shift[:, None, None]
 
 
 def test_normalizations_of_known_levels():
@@ -308,7 +312,7 @@ def test_statistics_are_per_channel_and_of_the_original_training_set():
     assert got.mean((0, 2, 3)).abs().max() < 1e-3 and (got.std((0, 2, 3)) - 1).abs().max() < 1e-3
     first, second = (data.load("digits", "", "statistics", size) for size in (100, 700))
     assert same(first.test, second.test)
-    everything = torch.cat([first.train.images, first.validation.images])
+    everything = first.inputs(torch.cat([first.train.images, first.validation.images]))
     assert everything.mean().abs() < 1e-3 and (everything.std() - 1).abs() < 1e-3
 
 
@@ -324,7 +328,7 @@ def test_l2_leaves_blank_images_blank():
 def test_every_normalization_of_every_set_without_files(normalization):
     for name, options in [("digits", {}), ("maxgroup", {"size": 200, "validation_size": 100})]:
         loaded = data.load(name, normalization=normalization, **options)
-        images = loaded.train.images
+        images = loaded.inputs(loaded.train.images)
         assert loaded.normalization == normalization and images.dtype == torch.float32 and images.isfinite().all()
         largest = {"digits": 16, "maxgroup": 1}[name] if normalization == "none" else 1
         assert normalization not in ("none", "unit", "half") or images.max() == pytest.approx(largest, abs=1e-4)
@@ -411,6 +415,7 @@ def test_the_gpu_gets_the_same_bits():
     cpu, gpu = (data.load("digits", normalization="statistics", device=device) for device in ("cpu", "cuda"))
     assert gpu.train.images.is_cuda and gpu.test.labels.is_cuda
     assert all(same(a, data.Split(b.images.cpu(), b.labels.cpu())) for a, b in zip(cpu[1:4], gpu[1:4], strict=True))
+    torch.testing.assert_close(gpu.inputs(gpu.test.images).cpu(), cpu.inputs(cpu.test.images))
 
 
 @real
@@ -426,7 +431,7 @@ def test_real_sets(name, sizes, shape, mean, std):
     loaded = data.load(name, ROOT, "statistics", download=False)
     assert_well_formed(loaded, sizes, shape)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    levels = 255 * (loaded.test.images * std + mean)
+    levels = 255 * (loaded.inputs(loaded.test.images) * std + mean)
     assert (levels - levels.round()).abs().max() < 1e-3
     assert levels.round().min() == 0 and levels.round().max() == 255
     first = {"mnist": [7, 2, 1, 0, 4], "fashion-mnist": [9, 2, 1, 1, 6], "cifar10": [3, 8, 8, 0, 6]}[name]

@@ -14,6 +14,8 @@ import lth_sparse as lth
 from lth_sparse import checkpoint, experiment, lottery, models, report, runs, training
 from lth_sparse.masks import masked_weights
 from lth_sparse.recipe import Recipe
+from lth_sparse.training import group
+from lth_sparse.training.network import Network
 
 ARMS = ("ticket", "reinit", "reinit-chain", "random")
 TINY = dict(dataset="digits", rounds=2, iterations="12", evaluate_every="5", rewind="3", device="cpu", threads=1)
@@ -46,16 +48,17 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
     """A run that stopped in the middle of round 1, its state saved."""
-    step = training._Training._step
+    advance = group.Group._advance
 
-    def stepping(self):
-        if self.iteration == 8 and "round_01" in self.ticket.label:
+    def advancing(self):
+        if self.iteration == 8 and "round_01" in self.tickets[0].label:
             raise RuntimeError("stop")
-        step(self)
+        advance(self)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(training, "SAVE_SECONDS", -1.0)
-        patch.setattr(training._Training, "_step", stepping)
+        patch.setattr(group, "SAVE_SECONDS", -1.0)
+        patch.setattr(group, "STEPS", 1)
+        patch.setattr(group.Group, "_advance", advancing)
         experiment.run(tiny(arms=("ticket",)), out=tmp_path / "run")
     return tmp_path / "run"
 
@@ -63,7 +66,7 @@ def stopped(tmp_path, monkeypatch):
 def test_files(whole):
     found = content(whole)
     rounds = [f"{arm}/trial_0/round_{round:02d}" for arm in ARMS for round in range(3)]
-    names = ("metrics.jsonl", "result.json", "ticket.safetensors", "trained.safetensors")
+    names = ("metrics.jsonl", "result.json", "strategies.json", "ticket.safetensors", "trained.safetensors")
     wanted = {f"{round}/{name}" for round in rounds for name in names}
     wanted |= {"recipe.json", "environment.json", "lock", "summary.json", "winning_ticket.safetensors"}
     assert set(found) == wanted | {"ticket/trial_0/rewind.safetensors"}
@@ -81,6 +84,8 @@ def test_result(whole):
     names = {"arm": "ticket", "trial": 0, "round": 2, "status": "done", "precision": "fp32", "iterations": 12}
     assert {key: result[key] for key in names} == names
     assert 0 <= result["train_accuracy"] <= 1 and result["seconds"] > 0
+    assert result["group"] == 1 and result["strategies"] == dict.fromkeys(kept, "masked")
+    assert result["captured"] == "there is no CUDA device"
 
 
 def test_trained_weights_are_those_of_the_early_stop(whole):
@@ -89,7 +94,7 @@ def test_trained_weights_are_those_of_the_early_stop(whole):
         folder = whole / arm / "trial_0" / "round_01"
         model = lth.load_(models.build("lenet-300-100", (1, 8, 8)), folder / "trained.safetensors")
         stop = runs.read_json(folder / "result.json")["early_stop"]
-        loss, accuracy = training.evaluate(model, data.test, tiny())
+        loss, accuracy = Network([model], data, tiny(), {}).evaluate(data.test)[0].tolist()
         assert (loss, accuracy) == pytest.approx((stop["test_loss"], stop["test_accuracy"]), rel=1e-6)
         masks = lth.load_(models.build("lenet-300-100", (1, 8, 8)), folder / "ticket.safetensors")
         pairs = zip(masked_weights(model), masked_weights(masks), strict=True)
@@ -120,7 +125,7 @@ def test_a_finished_run_trains_nothing(whole, monkeypatch):
     times = {path: path.stat().st_mtime_ns for path in whole.rglob("round_*/*")}
     monkeypatch.setattr(training, "train", None)
     assert experiment.run(tiny(), out=whole, on_round=seen.append) == whole
-    assert content(whole) == before and len(seen) == 12 and len(times) == 48
+    assert content(whole) == before and len(seen) == 12 and len(times) == 60
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("round_*/*")} == times
 
 
@@ -187,8 +192,9 @@ def test_global_scope_takes_the_rate_of_what_there_is(tmp_path):
 SERVER = """
 import json, os, pathlib, signal, sys, time
 from sklearn.datasets import load_digits
-from lth_sparse import experiment, recipe, training
-training.SAVE_SECONDS = 0.01
+from lth_sparse import experiment, recipe
+from lth_sparse.training import group
+group.SAVE_SECONDS = 0.01
 for line in sys.stdin:
     part, out, settings = json.loads(line)
     begin, pid = time.monotonic(), os.fork()
@@ -234,7 +240,7 @@ def test_ten_kills(tmp_path, rewind):
 )
 def test_full_disk(whole, tmp_path, monkeypatch, call, last, saving):
     run, wanted, calls, real = tmp_path / "run", content(whole), [], getattr(os, call)
-    monkeypatch.setattr(training, "SAVE_SECONDS", saving)
+    monkeypatch.setattr(group, "SAVE_SECONDS", saving)
 
     def full(*arguments):
         calls.append(1)

@@ -21,7 +21,7 @@ FLOORS = {
         5: "cli __main__ progress",
         4.5: FACADE,
         4: "lottery training data models supermask runs report plots claims recipe experiment",
-        3: "convert prune structured checkpoint",
+        3: "convert packing prune structured checkpoint",
         2: "scores actions nn masks hooks optim packed",
         1: "ops dispatch costs",
         0: "kernels",

@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from lth_sparse.checkpoint import read_tensors
 from lth_sparse.data import Data, Split
 from lth_sparse.masks import masked_weights
 from lth_sparse.recipe import Recipe
-from lth_sparse.training import Result, Ticket, evaluate, learning_rate, train
+from lth_sparse.training import Result, Ticket, group, planning, train
+from lth_sparse.training.network import Network
+from lth_sparse.training.optimizer import learning_rate
+from lth_sparse.training.order import Order
+from lth_sparse.training.stack import Stack
 
 ADAM, ADAMW = dict(optimizer="adam", lr=0.01), dict(optimizer="adamw", lr=0.01, weight_decay=0.1)
 SGD = dict(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -34,7 +39,8 @@ def tiny(size=60, shape=(1, 4, 4)) -> Data:
         images = torch.rand(count, *shape, generator=generator)
         return Split(images, images.flatten(1)[:, :10].argmax(1))
 
-    return Data("tiny", split(size), split(20), split(25), shape, 10, "unit")
+    scale, shift = torch.ones(shape[0]), torch.zeros(shape[0])
+    return Data("tiny", split(size), split(20), split(25), shape, 10, "unit", scale, shift)
 
 
 def settings(size=60, **given) -> Recipe:
@@ -58,54 +64,63 @@ def bits(given: Ticket, result: Result) -> dict:
 
 def stop_at(monkeypatch, iteration, steps=None):
     """Have every training saved at each step, and stopped before the step of `iteration`."""
-    step = training._Training._step
+    advance = group.Group._advance
 
-    def stepping(self):
+    def advancing(self):
         if self.iteration == iteration:
             raise Stop
         if steps is not None:
             steps.append(self.iteration)
-        step(self)
+        advance(self)
 
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(training._Training, "_step", stepping)
+    monkeypatch.setattr(group, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(group, "STEPS", 1)
+    monkeypatch.setattr(group.Group, "_advance", advancing)
 
 
+def evaluated(network, split, recipe=None, kind=Network):
+    """Loss and accuracy as the engine finds them."""
+    data = Data("tiny", split, split, split, split.images.shape[1:], 10, "unit")
+    return kind([network], data, recipe or settings(), {}).evaluate(split)[0].tolist()
+
+
+def trained(learner):
+    """The parameters that hold weights, and their masks."""
+    if isinstance(learner, Stack):
+        return [(layer.values, layer.masks) for layer in learner.layers]
+    return [(weight.parameter, weight.mask) for weight in masked_weights(learner.model)]
+
+
+@pytest.mark.parametrize("model, shape", [("lenet-300-100", (1, 4, 4)), ("conv-2", (1, 4, 4))])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_nothing_off_the_mask_is_ever_non_zero(monkeypatch, name):
-    data, step, seen = tiny(), training._Training._step, []
+def test_nothing_off_the_mask_is_ever_non_zero(monkeypatch, name, model, shape):
+    data, advance, seen = tiny(shape=shape), group.Group._advance, []
+    given = ticket(data, model=model)
+    masks = {weight.name + ".weight": weight.mask for weight in masked_weights(given.model)}
 
-    def stepping(self):
-        before = self.model.fc1.weight.detach().clone()
-        step(self)
-        state = self.optimizer.state
-        for weight in masked_weights(self.model):
-            off = ~weight.mask
-            tensors = [weight.parameter, *(t for t in state[weight.parameter].values() if getattr(t, "ndim", 0) == 2)]
-            assert not any(tensor[off].count_nonzero() for tensor in tensors)
-        seen.append(not torch.equal(before, self.model.fc1.weight))
+    def advancing(self):
+        before = self.learner.dense(self.learner.tensors(), 0)
+        advance(self)
+        after = self.learner.dense(self.learner.tensors(), 0)
+        assert not any(after[name][~mask].any() for name, mask in masks.items())
+        for parameter, mask in trained(self.learner):
+            tensors = [t for t in self.learner.optimizer.state[parameter].values() if t.shape == mask.shape]
+            assert not any(tensor[~mask].any() for tensor in tensors)
+        seen.append(not torch.equal(before["fc1.weight"], after["fc1.weight"]))
 
-    monkeypatch.setattr(training._Training, "_step", stepping)
-    given = ticket(data)
-    train([given], data, settings(**OPTIMIZERS[name]))
+    monkeypatch.setattr(group, "STEPS", 1)
+    monkeypatch.setattr(group.Group, "_advance", advancing)
+    train([given], data, settings(model=model, **OPTIMIZERS[name]))
     assert len(seen) == 20 and all(seen) and lth.density(given.model) == 0.5
+    assert not any(lth.snapshot(given.model)[name][~mask].any() for name, mask in masks.items())
 
 
-def test_each_ticket_gets_a_fresh_optimizer(monkeypatch):
-    data, made, make = tiny(), [], training.make_optimizer
-
-    def making(model, recipe):
-        made.append(make(model, recipe))
-        assert not made[-1].state
-        return made[-1]
-
-    monkeypatch.setattr(training, "make_optimizer", making)
-    given = ticket(data)
+def test_each_ticket_gets_a_fresh_optimizer():
+    data, given = tiny(), ticket(tiny())
     start = lth.snapshot(given.model)
     first = bits(given, train([given], data, settings())[0])
     lth.rewind_(given.model, start)
     assert bits(given, train([given], data, settings())[0]) == first
-    assert len({id(optimizer) for optimizer in made}) == 2 and made[0].state
     assert bits(given, train([given], data, settings())[0]) != first, "trained on, it would not be the same"
 
 
@@ -162,14 +177,15 @@ def test_learning_rate():
 
 @pytest.mark.parametrize("size, batch", [(10, 4), (10, 10), (7, 3), (5, 1)])
 def test_order_leaves_no_image_out(size, batch):
-    order = training._Order(size, batch, 3, "cpu")
-    batches = [order.batch(iteration) for iteration in range(6 * size)]
+    order = Order(size, batch, 3, "cpu")
+    batches = [order.batches(iteration)[0] for iteration in range(6 * size)]
+    assert torch.equal(torch.stack(batches[2:7]), Order(size, batch, 3, "cpu").batches(2, 5))
     epochs = torch.cat(batches).split(size)
     assert len(epochs) == 6 * batch and all(len(b) == batch for b in batches)
     assert all(epoch.sort().values.tolist() == list(range(size)) for epoch in epochs)
     assert size == 1 or len({tuple(epoch.tolist()) for epoch in epochs}) > 1
-    assert torch.equal(training._Order(size, batch, 3, "cpu").batch(5 * size - 1), batches[5 * size - 1])
-    assert not torch.equal(torch.cat([training._Order(100, 9, 4, "cpu").batch(i) for i in range(3)]), torch.arange(27))
+    assert torch.equal(Order(size, batch, 3, "cpu").batches(5 * size - 1)[0], batches[5 * size - 1])
+    assert not torch.equal(torch.cat([Order(100, 9, 4, "cpu").batches(i)[0] for i in range(3)]), torch.arange(27))
 
 
 @pytest.mark.parametrize("model, shape, size", [("lenet-300-100", (1, 4, 4), 2300), ("resnet-18", (1, 8, 8), 30)])
@@ -178,7 +194,9 @@ def test_evaluate_is_the_plain_mean(model, shape, size):
     network = ticket(data, model=model).model.train()
     network(data.train.images[:20])  # batch norm has statistics of its own now
     before = lth.snapshot(network)
-    loss, accuracy = evaluate(network, data.train, settings())
+    loss, accuracy = evaluated(network, data.train)
+    if model == "lenet-300-100":
+        assert evaluated(network, data.train, kind=Stack) == pytest.approx([loss, accuracy], rel=1e-6)
     assert network.training and all(torch.equal(before[name], t) for name, t in lth.snapshot(network).items())
     logits = copy.deepcopy(network).double().eval()(data.train.images.double()).detach()
     assert loss == pytest.approx(float(F.cross_entropy(logits, data.train.labels)), rel=1e-5)
@@ -188,7 +206,7 @@ def test_evaluate_is_the_plain_mean(model, shape, size):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_divergence_ends_the_training(tmp_path, monkeypatch, optimizer):
     data, recipe = tiny(), settings(optimizer=optimizer, lr=1e20, iterations="500", warmup="0")
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(group, "SAVE_SECONDS", -1.0)
     result = train([ticket(data, folder=tmp_path)], data, recipe)[0]
     last = result.history[-1]
     assert result.status == "diverged" and last["iteration"] < 500
@@ -202,7 +220,11 @@ def test_best_are_the_weights_of_the_early_stop():
     data, at = tiny(), {}
     given = ticket(data)
     recipe = settings(iterations="60", evaluate_every="3")
-    result = train([given], data, recipe, lambda _, row: at.update({row["iteration"]: lth.snapshot(given.model)}))[0]
+    for last in range(3, 61, 3):
+        shorter = ticket(data)
+        train([shorter], data, replace(recipe, iterations=last))
+        at[last] = lth.snapshot(shorter.model)
+    result = train([given], data, recipe)[0]
     stop = result.early_stop["iteration"]
     assert 3 < stop < 60, "the validation loss shall have its minimum inside"
     assert result.early_stop["validation_loss"] == min(row["validation_loss"] for row in result.history)
@@ -221,7 +243,7 @@ def test_early_stop_is_the_first_minimum():
 def test_history(start, wanted):
     data, seen = tiny(), []
     given = ticket(data, start=start)
-    loss, _ = evaluate(given.model, data.train, settings())
+    loss, _ = evaluated(given.model, data.train)
     recipe = settings(lr=1e-9, batch_size=60)  # so slow that each step's loss is the loss at the start
     result = train([given], data, recipe, lambda label, row: seen.append((label, row)))[0]
     assert [row["iteration"] for row in result.history] == wanted
@@ -229,7 +251,7 @@ def test_history(start, wanted):
     assert seen == [(given.label, row) for row in result.history]
     names = ["train_loss", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy"]
     assert list(seen[0][1]) == ["iteration", *names] and {type(seen[0][1][name]) for name in names} == {float}
-    assert result.train_accuracy == evaluate(given.model, data.train, recipe)[1] and result.seconds > 0
+    assert result.train_accuracy == evaluated(given.model, data.train)[1] and result.seconds > 0
 
 
 def test_bf16_trains():
@@ -244,18 +266,21 @@ def test_bf16_trains():
 
 
 @pytest.mark.parametrize("place", [0, 2])
-def test_a_failure_has_the_others_save(tmp_path, place):
-    data, calls = tiny(), []
+def test_a_failure_has_the_others_save(monkeypatch, tmp_path, place):
+    data, calls = tiny(), {}
     tickets = [ticket(data, seed, folder=tmp_path / str(seed)) for seed in range(3)]
     for given in tickets:
         given.folder.mkdir()
 
-    def fail(module, arguments):
-        calls.append(1)
-        if len(calls) == 5:
-            raise RuntimeError("the device is gone")
+    step = Stack.step
 
-    tickets[place].model.register_forward_pre_hook(fail)
+    def fail(self, indices, moves=None):
+        calls[self] = calls.get(self, 0) + 1
+        if calls[self] == 5 and self.models[0] is tickets[place].model:
+            raise RuntimeError("the device is gone")
+        step(self, indices)
+
+    monkeypatch.setattr(Stack, "step", fail)
     with pytest.raises(RuntimeError, match="the device is gone"):
         train(tickets, data, settings(iterations="1000000", evaluate_every="1000000"))
     others = [given.folder / "training.safetensors" for i, given in enumerate(tickets) if i != place]
@@ -263,20 +288,116 @@ def test_a_failure_has_the_others_save(tmp_path, place):
     assert not list(tmp_path.rglob("*.part")) and threading.active_count() == 1
 
 
-@pytest.mark.parametrize("where", ["wait", "make_optimizer"])
+@pytest.mark.parametrize("where", ["wait", "Group"])
 def test_an_interrupt_has_all_save(tmp_path, monkeypatch, where):
-    data, made, make = tiny(), [], training.make_optimizer
+    data, made, kind = tiny(), [], group.Group
 
     def interrupt(*arguments, **more):
         made.append(1)
         if where == "wait" or len(made) == 2:  # the second ticket is not there yet
             raise KeyboardInterrupt
-        return make(*arguments)
+        return kind(*arguments)
 
     monkeypatch.setattr(training, where, interrupt)
     with pytest.raises(KeyboardInterrupt):
         train([ticket(data, seed, folder=tmp_path) for seed in range(2)], data, settings(iterations="1000000"))
     assert (tmp_path / "training.safetensors").exists() and threading.active_count() == 1
+
+
+def together(monkeypatch):
+    """Have tickets train together as they would on CUDA."""
+    monkeypatch.setattr(planning, "_key", lambda ticket, number, recipe: "all")
+
+
+def test_a_group_is_as_good_as_each_alone(monkeypatch, tmp_path):
+    data, recipe = tiny(), settings()
+    alone = [ticket(data, seed, keep_at=9) for seed in range(3)]
+    results = train(alone, data, recipe)
+    together(monkeypatch)
+    group = [ticket(data, seed, keep_at=9, folder=tmp_path / str(seed)) for seed in range(3)]
+    for given in group:
+        given.folder.mkdir()
+    for given, found, other, wanted in zip(group, train(group, data, recipe), alone, results, strict=True):
+        assert found.how["group"] == 3 and wanted.how["group"] == 1
+        for row, same in zip(found.history, wanted.history, strict=True):
+            assert row == pytest.approx(same, rel=1e-3)
+        pairs = [(lth.snapshot(given.model), lth.snapshot(other.model)), (found.best, wanted.best)]
+        for mine, theirs in [*pairs, (found.kept, wanted.kept)]:
+            assert mine.keys() == theirs.keys()
+            for name in mine:
+                torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+    part = [ticket(data, 2, keep_at=9, folder=tmp_path / "2")]  # the others were recorded before a kill
+    (again,) = train(part, data, recipe)
+    assert again.history == found.history and all(torch.equal(again.best[name], t) for name, t in found.best.items())
+    assert all(torch.equal(a, b) for a, b in zip(part[0].model.parameters(), given.model.parameters(), strict=True))
+
+
+def test_one_that_diverges_leaves_the_others_alone(monkeypatch):
+    data, recipe = tiny(), settings(**SGD)
+    together(monkeypatch)
+    group = [ticket(data, seed) for seed in range(3)]
+    with torch.no_grad():
+        group[1].model.fc1.weight.fill_(1e30)
+    results = train(group, data, recipe)
+    assert [result.status for result in results] == ["done", "diverged", "done"]
+    assert [len(result.history) for result in results] == [4, 1, 4] and results[1].best == {}
+    assert all(tensor.isfinite().all() for tensor in lth.snapshot(group[0].model).values())
+
+
+def test_a_group_too_large_for_the_device_is_halved(monkeypatch):
+    data, run = tiny(), group.Group.run
+
+    def running(self, *arguments):
+        if len(self.tickets) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, *arguments)
+
+    together(monkeypatch)
+    monkeypatch.setattr(group.Group, "run", running)
+    tickets = [ticket(data, seed) for seed in range(5)]
+    results = train(tickets, data, settings())
+    assert [result.how["group"] for result in results] == [2, 2, 1, 2, 2]
+    monkeypatch.setattr(group.Group, "run", lambda self, *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tickets[:2], data, settings())
+
+
+def test_strategies_are_fixed_before_the_first_step(monkeypatch, tmp_path):
+    data, recipe = tiny(), settings(strategy="cpu")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, 3)
+        train([ticket(data, folder=tmp_path)], data, recipe)
+    monkeypatch.setattr(planning.stack, "strategies", None)  # not asked again
+    (result,) = train([ticket(data, folder=tmp_path)], data, recipe)
+    assert result.how["strategies"] == dict.fromkeys(("fc1", "fc2", "output"), "cpu")
+
+
+@pytest.mark.parametrize("model, shape", [("lenet-300-100", (1, 4, 4)), ("conv-2", (1, 4, 4))])
+def test_packed_is_as_good_as_masked(model, shape):
+    data, found = tiny(shape=shape), {}
+    for strategy in ("masked", "cpu"):
+        given = ticket(data, model=model, keep_at=9)
+        (found[strategy],) = train([given], data, settings(model=model, strategy=strategy))
+        found[strategy].best["final"] = given.model.fc1.weight.detach()
+        assert found[strategy].how["strategies"]["fc1"] == strategy
+    for row, same in zip(found["cpu"].history, found["masked"].history, strict=True):
+        assert row == pytest.approx(same, rel=1e-3)
+    for name, tensor in found["masked"].best.items():
+        torch.testing.assert_close(found["cpu"].best[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_augmented_training_is_resumed_too(monkeypatch, tmp_path):
+    data = tiny(20, (1, 8, 8))
+    recipe = settings(20, iterations="8", evaluate_every="3", batch_size=8, augmentation="crop-flip")
+    whole = ticket(data)
+    wanted = bits(whole, train([whole], data, recipe)[0])
+    plain = ticket(data)
+    assert bits(plain, train([plain], data, replace(recipe, augmentation="none"))[0]) != wanted
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, 4)
+        train([ticket(data, folder=tmp_path)], data, recipe)
+    again = ticket(data, folder=tmp_path)
+    assert bits(again, train([again], data, recipe)[0]) == wanted
 
 
 def test_freed_memory_is_kept_where_malloc_can(monkeypatch):

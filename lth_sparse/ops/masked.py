@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .strategy import kernels, precision
+from .strategy import Strategy, kernels, precision
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Weights per block of the gradient, masked while it is in cache. Of 2**17 to 2**25 the best at 1024 x 1024 and 4096 x
@@ -128,6 +128,45 @@ def _masked_product(a, b, mask, out):
         torch.mm(a_block, b, out=block)
         block.view(integer).mul_(kept.view(torch.uint8))
     return out
+
+
+class Masked(Strategy):
+    """The masked state of R Linear layers as a strategy: `values` are dense weights [R, N, K], zero off the masks."""
+
+    def structures(self, masks, sizes):
+        return (masks,) if masks.is_cuda else masks.unbind()
+
+    def forward(self, x, values, bias, shadow, pattern, sizes):
+        if x.dtype != values.dtype:
+            values, bias = values.to(x.dtype), bias.to(x.dtype)
+        if len(x) == 1:
+            return F.linear(x[0], values[0], bias[0])[None]
+        return torch.baddbmm(bias[:, None], x, values.mT)
+
+    def input_gradient(self, dy, values, shadow, pattern, sizes, shape):
+        values = values if dy.dtype == values.dtype else values.to(dy.dtype)
+        return torch.mm(dy[0], values[0])[None] if len(dy) == 1 else torch.bmm(dy, values)
+
+    def weight_gradient(self, dy, x, values, pattern, sizes):
+        if values.is_cuda:
+            return kernels("weight_gradient").masked_weight_gradient(dy, x, *pattern, True, precision())
+        gradient = torch.empty_like(values) if values.grad is None else values.grad  # the memory of the last step
+        for ticket, mask in enumerate(pattern):
+            if _bits(mask).keeps_all:
+                torch.mm(dy[ticket].t(), x[ticket], out=gradient[ticket])
+            else:
+                _masked_product(dy[ticket].t(), x[ticket], mask, gradient[ticket])
+        return gradient, dy.sum(1)
+
+    def activated(self, x, values, bias, shadow, pattern, sizes):
+        if not values.is_cuda:
+            return super().activated(x, values, bias, shadow, pattern, sizes)
+        return kernels("dense_linear").forward(x, values, bias, True, precision())
+
+    def gated(self, dy, values, shadow, pattern, sizes, shape, gate):
+        if not values.is_cuda:
+            return super().gated(dy, values, shadow, pattern, sizes, shape, gate)
+        return kernels("dense_linear").input_gradient(dy, values, gate, precision())
 
 
 _memory = WeakTensorKeyDictionary()  # the memory of each weight's last gradient

@@ -32,6 +32,15 @@ class Strategy:
         """Gradients of the values and of the bias, in float32 or wider."""
         raise NotImplementedError
 
+    def activated(self, x, values, bias, shadow, pattern, sizes) -> Tensor:
+        """ReLU of the forward."""
+        return self.forward(x, values, bias, shadow, pattern, sizes).relu_()
+
+    def gated(self, dy, values, shadow, pattern, sizes, shape, gate) -> Tensor:
+        """Gradient by what went into the ReLU before, whose output `gate` was this layer's input."""
+        dx = self.input_gradient(dy, values, shadow, pattern, sizes, shape)
+        return torch.ops.aten.threshold_backward(dx, gate, 0)
+
     def arranged(self, x: Tensor) -> Tensor:
         """An input or output gradient in the memory order that the products want; itself if it is so already."""
         return x

@@ -1,0 +1,86 @@
+"""One ticket of any model, trained by autograd."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..actions import snapshot
+from ..data import Data, Split
+from ..masks import sync_
+from ..packing import pack_, unpack_
+from ..recipe import Recipe
+from .augmentation import augmented
+from .optimizer import make_optimizer
+
+
+class Network:
+    """A masked model on its way, in place. `loss` [1] grows by the mean loss of each batch."""
+
+    def __init__(self, models: Sequence[nn.Module], data: Data, recipe: Recipe, strategies: Mapping[str, str]):
+        (model,) = models
+        self.model, self.data, self.recipe, self.strategies = model, data, recipe, dict(strategies)
+        pack_(model, strategies=strategies)
+        self.optimizer = make_optimizer(model.parameters(), recipe)
+        self.loss = torch.zeros(1, device=recipe.device)
+        model.train()
+
+    def step(self, indices: Tensor, moves: Tensor | None = None) -> None:
+        """Train for one step on a batch: `indices` int64 [1, B] of training images; `moves`: see `augmented`."""
+        images = self._images(self.data.train, indices[0])
+        images = images if moves is None else augmented(images, moves[0])
+        with _precision(self.recipe):
+            loss = F.cross_entropy(self.model(images), self.data.train.labels[indices[0]])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.loss += loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> Tensor:
+        """Mean cross-entropy and accuracy over `split`, in eval mode: float64 [1, 2], on the CPU; train mode after."""
+        self.model.eval()
+        # conv-2 on the CPU in batches of 1,000 spends no less than in batches of 100; a GPU wants them large
+        size = 1000 if self.recipe.device == "cpu" else 5000
+        sums = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
+        for indices in torch.arange(len(split.labels), device=split.labels.device).split(size):
+            with _precision(self.recipe):
+                logits = self.model(self._images(split, indices)).float()
+            labels = split.labels[indices]
+            correct = (logits.argmax(1) == labels).sum()
+            sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), correct]).double()
+        self.model.train()
+        return sums[None].cpu() / len(split.labels)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What training moves: parameters and buffers but the masks, [1, ...]."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name: tensor.detach()[None] for name, tensor in named if not name.endswith("_mask")}
+
+    @torch.no_grad()
+    def load_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values that `tensors` of an equal network gave."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        sync_(self.model)
+
+    def dense(self, tensors: Mapping[str, Tensor], ticket: int) -> dict[str, Tensor]:
+        """What `tensors` hold, in the names and shapes of the masked model."""
+        now = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        self.load_(tensors)
+        found = snapshot(self.model)
+        self.load_(now)
+        return found
+
+    def finish(self) -> None:
+        """Leave the model masked; captured graphs of it are dead."""
+        unpack_(sync_(self.model))
+
+    def _images(self, split, indices):
+        return self.data.inputs(split.images.index_select(0, indices))
+
+
+def _precision(recipe):
+    return torch.autocast(recipe.device, torch.bfloat16) if recipe.precision == "bf16" else nullcontext()
