@@ -35,9 +35,9 @@ def run(
         recipe.dataset, data_dir, recipe.normalization, recipe.validation_size, recipe.seed, recipe.device
     )
     recipe = recipe.resolve(len(loaded.train.labels))
-    chains = _chains(recipe, loaded)  # before there is a folder: not every network takes these images
+    searched = chains(recipe, loaded)  # before there is a folder: not every network takes these images
     with runs.opened(recipe, name or recipe.name, out) as folder:
-        for chain in chains:
+        for chain in searched:
             chain.folder = folder
             for result in _restore(chain):
                 on_round(result)
@@ -49,14 +49,15 @@ def run(
             return training.train(tickets, loaded, recipe, lambda label, row: on_metrics(label, {**row, "of": last}))
 
         last = recipe.iterations
-        search(chains, train, recipe.rounds, record)
-        _save_winner(chains, folder)
+        search(searched, train, recipe.rounds, record)
+        _save_winner(searched, folder)
         runs.write_json(folder / "summary.json", report.summarize(folder))
     return folder
 
 
-def _chains(recipe, loaded) -> list[Chain]:
-    chains: list[Chain] = []
+def chains(recipe: Recipe, loaded: data.Data) -> list[Chain]:
+    """A chain for every arm and trial of a resolved recipe; those that take another's masks come last."""
+    found: list[Chain] = []
     for trial in range(recipe.trials):
         leaders: dict[str, Chain] = {}
         for name in sorted(recipe.arms, key=lambda name: name != "ticket"):
@@ -65,8 +66,8 @@ def _chains(recipe, loaded) -> list[Chain]:
             pruning = _pruning(model, recipe) | {"score": ARMS[name].score or recipe.score}
             leader = leaders.get(ARMS[name].masks_of)
             leaders[name] = Chain(model, recipe.seed, name, trial, pruning, None, leader, recipe.rewind)
-        chains += [leaders[name] for name in recipe.arms]
-    return sorted(chains, key=lambda chain: chain.leader is not None)
+        found += [leaders[name] for name in recipe.arms]
+    return sorted(found, key=lambda chain: chain.leader is not None)
 
 
 def _pruning(model, recipe) -> dict:

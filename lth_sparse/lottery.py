@@ -117,13 +117,18 @@ def search(
     its chain has the next masks.
     """
     for round in range(rounds + 1):
-        ready = [chain for chain in chains if chain.is_ready(round)]
-        results = train([chain.prepare(round) for chain in ready]) if ready else []
-        for chain, result in zip(ready, results, strict=True):
-            kept = {w.name: [int(w.mask.sum()), w.mask.numel()] for w in masked_weights(chain.model)}
-            chain.finished[round] = {"density": density(chain.model), "kept": kept}
-            chain.advance(round, result, last=round == rounds)
-            record(chain, round, result)
+        take_round(chains, train, round, round == rounds, record)
+
+
+def take_round(chains: list[Chain], train, round: int, last: bool, record) -> None:
+    """Train the chains that are ready for `round`, and prune them unless it is the last; arguments as of `search`."""
+    ready = [chain for chain in chains if chain.is_ready(round)]
+    results = train([chain.prepare(round) for chain in ready]) if ready else []
+    for chain, result in zip(ready, results, strict=True):
+        kept = {w.name: [int(w.mask.sum()), w.mask.numel()] for w in masked_weights(chain.model)}
+        chain.finished[round] = {"density": density(chain.model), "kept": kept}
+        chain.advance(round, result, last)
+        record(chain, round, result)
 
 
 @dataclass(frozen=True)
