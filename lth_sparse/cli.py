@@ -74,6 +74,13 @@ def _parser():
             sub.add_argument("--export", type=Path, metavar="DIR", help="write data.json, data_random.json, ... there")
             sub.add_argument("--save", type=Path, metavar="DIR", help="write summary.json and the figures there")
         sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    bench = verbs.add_parser("bench", help="measure what sparse training gains, and where it loses")
+    levels = {"choices": ("smoke", "core", "full"), "default": "smoke"}
+    bench.add_argument("--level", **levels, help="smoke (3 minutes), core (9 minutes on a GPU) or full (hours)")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="records and figures (runs/bench-LEVEL-DEVICE)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU")
+    bench.add_argument("--json", action="store_true", help="print the records as one JSON document on stdout")
+    bench.set_defaults(command=_bench)
     env = verbs.add_parser("env", help="versions, device, and what can run here")
     env.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     env.set_defaults(command=_env)
@@ -157,6 +164,21 @@ def _plot(options):
     _print_paths(folder, figures)
     if options.json:
         print(json.dumps([str(path) for path in figures]))
+
+
+def _bench(options):
+    from .benchmarks import records, suite, tables
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out = options.out or Path("runs") / f"bench-{options.level}-{device}"
+    with console.status("measuring") as status:
+        found = suite.bench(options.level, device, out, lambda record: status.update(records.title(record)))
+    for table in tables.tables(found):
+        console.print(table)
+    console.print(f"records and figures: {out}", soft_wrap=True)
+    if options.json:
+        print(json.dumps([record._asdict() for record in found]))
+    return suite.verdict(found)
 
 
 def _env(options):

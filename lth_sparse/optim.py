@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, optim
 
 from .hooks import ELEMENTWISE
-from .ops import optimizer as launches
-
-DEVICE_TYPES = {"cuda"}  # where the kernels run; on the CPU only Triton's interpreter could, for tests
+from .ops import optimizer as operators
+from .ops.strategy import launches
 
 
 def _alike(parameter, tensor):
@@ -86,7 +85,7 @@ class _OneLaunch:
             return unusual
         columns[1][:] = map(_like, *columns[:2])
         rows, kernel = list(zip(*columns, strict=True)), self._kernel(group)
-        if kernel is None or not any(parameter.device.type in DEVICE_TYPES for parameter in columns[0]):
+        if kernel is None or not any(map(launches, columns[0])):
             for row in rows:
                 self._refuse_other_strides(*row)
             alike = {(parameter.device.type, parameter.dtype) for parameter in columns[0]}
@@ -150,26 +149,26 @@ class _OneLaunch:
         if plan is None or plan.key != key:
             updates = [update for row in rows if (update := self._update(*row)) is not None]
             devices = {update[0].device for update in updates}
-            tables = [launches.table([u for u in updates if u[0].device == device]) for device in devices]
+            tables = [operators.table([u for u in updates if u[0].device == device]) for device in devices]
             plan = self.plans[id(group)] = _Plan(key, {update[0] for update in updates}, tables)
             if "cuda" in {device.type for device in devices} and torch.cuda.is_current_stream_capturing():
                 self.captured.append(plan)  # every replay copies the tables from the host again
         return plan
 
-    def _update(self, parameter, gradient, *state) -> launches.Update | None:
+    def _update(self, parameter, gradient, *state) -> operators.Update | None:
         """What the kernels are given of a parameter, or None if they cannot take it."""
         self._refuse_other_strides(parameter, gradient, *state)
-        if parameter.device.type not in DEVICE_TYPES or any(tensor is None for tensor in state):
+        if not launches(parameter) or any(tensor is None for tensor in state):
             return None
         shadow = kept = None
         if hasattr(parameter, "shadow"):
             shadow, pattern = parameter.shadow
             if self.kept.get(parameter, (None,))[0] is not parameter.shadow:
                 columns = shadow.numel() // max(1, pattern.words.shape[:-1].numel())
-                self.kept[parameter] = parameter.shadow, launches.kept_positions(pattern.words, columns)
+                self.kept[parameter] = parameter.shadow, operators.kept_positions(pattern.words, columns)
             kept = self.kept[parameter][1]
         update = (parameter, gradient, *state, *[None] * (3 - len(state)), shadow, kept)
-        return update if launches.fits(update) else None
+        return update if operators.fits(update) else None
 
 
 class Adam(_OneLaunch, optim.Adam):
@@ -186,7 +185,7 @@ class Adam(_OneLaunch, optim.Adam):
         if group["amsgrad"] or group["maximize"] or any(isinstance(beta, Tensor) for beta in group["betas"]):
             return None
         options = [group[name] for name in ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay")]
-        return lambda table: launches.adam_(table, *options)
+        return lambda table: operators.adam_(table, *options)
 
     def _fused(self, group, parameters, gradients, firsts, seconds, steps):
         torch._foreach_add_(steps, 1)
@@ -207,7 +206,7 @@ class SGD(_OneLaunch, optim.SGD):
         if group["momentum"] and not group["dampening"]:
             for parameter in group["params"]:
                 state = self.state[parameter] if parameter.grad is not None else {}
-                if parameter.device.type in DEVICE_TYPES and state.get("momentum_buffer") is None:
+                if launches(parameter) and state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
         return super()._init_group(group, *columns)
 
@@ -215,7 +214,7 @@ class SGD(_OneLaunch, optim.SGD):
         if group["maximize"] or isinstance(group["weight_decay"], Tensor):
             return None
         options = [group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov")]
-        return lambda table: launches.sgd_(table, *options)
+        return lambda table: operators.sgd_(table, *options)
 
     def _fused(self, group, parameters, gradients, *momenta):
         names = ("weight_decay", "momentum", "lr", "dampening", "nesterov")

@@ -33,7 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def launches(monkeypatch):
     """Have the kernels step CPU tensors too, in the interpreter; the tables they are given."""
     given = []
-    monkeypatch.setattr("lth_sparse.optim.DEVICE_TYPES", {"cpu", "cuda"})
+    monkeypatch.setattr("lth_sparse.ops.strategy.DEVICE_TYPES", {"cpu", "cuda"})
     for name in ("adam_", "sgd_"):
         launch = getattr(operators, name)
         monkeypatch.setattr(operators, name, lambda table, *a, f=launch: (given.append(table), f(table, *a)))
@@ -168,7 +168,7 @@ def test_a_group_may_be_taken_in_part(launches):
 @pytest.mark.parametrize("taken", [True, False])
 def test_gradients_may_move_and_have_other_strides(launches, monkeypatch, taken):
     if not taken:
-        monkeypatch.setattr("lth_sparse.optim.DEVICE_TYPES", set())
+        monkeypatch.setattr("lth_sparse.ops.strategy.DEVICE_TYPES", set())
     params, others = parameters(((6, 8), (4, 3, 1, 1))), parameters(((6, 8), (4, 3, 1, 1)))
     ours, theirs = SGD(params, 0.1), optim.SGD(others, 0.1)
     held = []  # so that no address comes back
@@ -198,7 +198,7 @@ def test_moments_take_the_strides_of_the_parameter_when_loaded(launches):
 
 @pytest.mark.parametrize("device_types", [set(), {"cpu", "cuda"}], ids=["torch", "kernels"])
 def test_parameters_that_are_not_dense_are_refused(launches, monkeypatch, device_types):
-    monkeypatch.setattr("lth_sparse.optim.DEVICE_TYPES", device_types)
+    monkeypatch.setattr("lth_sparse.ops.strategy.DEVICE_TYPES", device_types)
     memory = torch.ones(4, 6, device=DEVICE)
     parameter = memory[:, ::2].requires_grad_()
     give_gradients([parameter], 0)

@@ -70,12 +70,18 @@ class Expanded(Dense):
     def live(self, masks):
         return None
 
-    def forward(self, x, values, bias, shadow, pattern, sizes):
-        return kernels("bitmap_linear").forward(x, values, Bitmap(*pattern), bias, precision=precision())
+    def forward(self, x, values, bias, shadow, pattern, sizes, relu=False):
+        return kernels("bitmap_linear").forward(x, values, Bitmap(*pattern), bias, relu, precision())
 
-    def input_gradient(self, dy, values, shadow, pattern, sizes, shape):
+    def input_gradient(self, dy, values, shadow, pattern, sizes, shape, gate=None):
         input_gradient = kernels("bitmap_linear").input_gradient
-        return input_gradient(dy, values, Bitmap(*pattern), shape[2], precision=precision())
+        return input_gradient(dy, values, Bitmap(*pattern), shape[2], precision(), gate)
+
+    def activated(self, *given):
+        return self.forward(*given, relu=True)
+
+    def gated(self, *given):
+        return self.input_gradient(*given)
 
 
 class Listed(BatchLast):

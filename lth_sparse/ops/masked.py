@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .strategy import Strategy, kernels, precision
+from .strategy import Strategy, kernels, launches, precision
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Weights per block of the gradient, masked while it is in cache. Of 2**17 to 2**25 the best at 1024 x 1024 and 4096 x
@@ -131,24 +131,32 @@ def _masked_product(a, b, mask, out):
 
 
 class Masked(Strategy):
-    """The masked state of R Linear layers as a strategy: `values` are dense weights [R, N, K], zero off the masks."""
+    """The masked state of R Linear layers as a strategy: `values` are dense weights [R, N, K], zero off the masks.
+
+    Where kernels run, each product of small layers is one launch with bias, ReLU, its gate or the mask in it; large
+    layers leave all but the weight gradient to cuBLAS.
+    """
 
     def structures(self, masks, sizes):
-        return (masks,) if masks.is_cuda else masks.unbind()
+        return (masks,) if launches(masks) else masks.unbind()
 
-    def forward(self, x, values, bias, shadow, pattern, sizes):
+    def forward(self, x, values, bias, shadow, pattern, sizes, relu=False):
+        if launches(values) and values[0].numel() <= _SMALL:
+            return kernels("dense_linear").forward(x, values, bias, relu, precision())
         if x.dtype != values.dtype:
             values, bias = values.to(x.dtype), bias.to(x.dtype)
-        if len(x) == 1:
-            return F.linear(x[0], values[0], bias[0])[None]
-        return torch.baddbmm(bias[:, None], x, values.mT)
+        y = F.linear(x[0], values[0], bias[0])[None] if len(x) == 1 else torch.baddbmm(bias[:, None], x, values.mT)
+        return y.relu_() if relu else y
 
-    def input_gradient(self, dy, values, shadow, pattern, sizes, shape):
+    def input_gradient(self, dy, values, shadow, pattern, sizes, shape, gate=None):
+        if launches(values) and values[0].numel() <= _SMALL:
+            return kernels("dense_linear").input_gradient(dy, values, gate, precision())
         values = values if dy.dtype == values.dtype else values.to(dy.dtype)
-        return torch.mm(dy[0], values[0])[None] if len(dy) == 1 else torch.bmm(dy, values)
+        dx = torch.mm(dy[0], values[0])[None] if len(dy) == 1 else torch.bmm(dy, values)
+        return dx if gate is None else torch.ops.aten.threshold_backward(dx, gate, 0)
 
     def weight_gradient(self, dy, x, values, pattern, sizes):
-        if values.is_cuda:
+        if launches(values):
             return kernels("weight_gradient").masked_weight_gradient(dy, x, *pattern, True, precision())
         gradient = torch.empty_like(values) if values.grad is None else values.grad  # the memory of the last step
         for ticket, mask in enumerate(pattern):
@@ -158,15 +166,11 @@ class Masked(Strategy):
                 _masked_product(dy[ticket].t(), x[ticket], mask, gradient[ticket])
         return gradient, dy.sum(1)
 
-    def activated(self, x, values, bias, shadow, pattern, sizes):
-        if not values.is_cuda:
-            return super().activated(x, values, bias, shadow, pattern, sizes)
-        return kernels("dense_linear").forward(x, values, bias, True, precision())
+    def activated(self, *given):
+        return self.forward(*given, relu=True)
 
-    def gated(self, dy, values, shadow, pattern, sizes, shape, gate):
-        if not values.is_cuda:
-            return super().gated(dy, values, shadow, pattern, sizes, shape, gate)
-        return kernels("dense_linear").input_gradient(dy, values, gate, precision())
+    def gated(self, *given):
+        return self.input_gradient(*given)
 
 
 _memory = WeakTensorKeyDictionary()  # the memory of each weight's last gradient

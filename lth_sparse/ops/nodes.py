@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .strategy import kernels
+from .strategy import kernels, launches
 
 
-def gather(
-    images: Tensor, indices: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def gather(images: Tensor, indices: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [R, B, C * P] = images[indices] * scale + shift, in `dtype`; on the CPU both may be None.
 
     Args:
@@ -20,7 +18,7 @@ def gather(
         indices: int64 [R, B].
         scale, shift: float32 [C].
     """
-    if images.is_cuda:
+    if launches(images):
         return kernels("batches").gather(images, indices, scale, shift, dtype)
     x = images.index_select(0, indices.flatten()).to(dtype)
     x = x if scale is None else x * scale[:, None] + shift[:, None]
@@ -34,7 +32,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, indices: Tensor, loss: Tensor)
         labels: int64 [n], of all images.
         indices: int64 [R, B], those of this batch.
     """
-    if logits.is_cuda:
+    if launches(logits):
         return kernels("loss").cross_entropy(logits, labels, indices, loss)
     wanted = labels.take(indices)[..., None]
     log = torch.log_softmax(logits, 2)
@@ -46,7 +44,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, indices: Tensor, loss: Tensor)
 def tally(logits: Tensor, labels: Tensor, sums: Tensor) -> None:
     """Add the cross-entropy of `logits` [R, B, C], summed over the labels int64 [B], and the count of the right ones
     to `sums` float64 [R, 2]."""
-    if logits.is_cuda:
+    if launches(logits):
         kernels("loss").tally(logits, labels, sums)
         return
     wanted = labels.expand(logits.shape[:2])

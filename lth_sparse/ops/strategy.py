@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 library = torch.library.Library("lth_sparse", "FRAGMENT")
+DEVICE_TYPES = {"cuda"}  # where the kernels run; on the CPU only Triton's interpreter could, for tests
 
 
 class Strategy:
@@ -69,6 +70,11 @@ def define(schema: str, function: Callable, fake: Callable) -> Callable:
 def kernels(module: str) -> ModuleType:
     """A module of kernels, imported when first used: Triton may be absent where none is."""
     return importlib.import_module(f"..kernels.{module}", __package__)
+
+
+def launches(tensor: Tensor) -> bool:
+    """Whether kernels are launched for `tensor`, where torch could compute too."""
+    return tensor.device.type in DEVICE_TYPES
 
 
 def precision() -> str:
