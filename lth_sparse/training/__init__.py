@@ -14,6 +14,7 @@ from .memory import keep_freed_memory
 from .planning import Plan, plans
 from .stack import Stack
 from .tickets import Result, Ticket
+from .turns import Turns
 
 __all__ = ["Result", "Ticket", "keep_freed_memory", "train"]
 
@@ -27,8 +28,8 @@ def train(
     """Train every ticket from its `start` to `recipe.iterations`; results in the order of the tickets.
 
     On CUDA perceptrons of the same shapes train together, other tickets one by one, both in captured graphs. On the CPU
-    each ticket has a thread, and its bits depend on the recipe and its own seed alone, not on the others: 3 of LeNet's
-    on two cores take 1.2 ms a step each, evaluation every 100 included (torch 2.15). When one fails, or the caller is
+    each ticket has a thread, and its bits depend on the recipe and its own seed alone, not on the others: three of LeNet's
+    on two cores take 1.2 ms a step each, evaluations not counted (torch 2.15). When one fails, or the caller is
     interrupted, the others save their state first. A group that the device has no memory for is halved.
 
     Args:
@@ -50,18 +51,18 @@ def train(
 
 
 def _side_by_side(planned: list[Plan], data, recipe, on_metrics) -> dict[str, Result]:
-    """Train groups in threads: on the CPU twice as many as cores, on CUDA one."""
-    workers = 2 * (os.cpu_count() or 1) if recipe.device == "cpu" else 1
-    halt, found = threading.Event(), {}
+    """Train groups in threads that take turns: on the CPU as many at a time as have cores, on CUDA one."""
+    cores = max(1, (os.cpu_count() or 1) // recipe.threads) if recipe.device == "cpu" else 1
+    halt, turns, found = threading.Event(), Turns(cores), {}
 
     def work(plan):
         torch.set_num_threads(recipe.threads)
         # Adam's moments of inputs that are always zero decay into denormals, which are 10 to 100 times slower.
         torch.set_flush_denormal(True)
-        for part, results in _halving(plan, data, recipe, on_metrics, halt):
+        for part, results in _halving(plan, data, recipe, on_metrics, halt, turns):
             found.update(zip([ticket.label for ticket in part.tickets], results, strict=True))
 
-    with ThreadPoolExecutor(max_workers=max(1, min(len(planned), workers))) as pool:
+    with ThreadPoolExecutor(max_workers=max(1, min(len(planned), 4 * cores))) as pool:
         try:
             futures = [pool.submit(work, plan) for plan in planned]
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -73,10 +74,10 @@ def _side_by_side(planned: list[Plan], data, recipe, on_metrics) -> dict[str, Re
     return found
 
 
-def _halving(plan: Plan, data, recipe, on_metrics, halt):
+def _halving(plan: Plan, data, recipe, on_metrics, *turns):
     """The plan's results, or those of its halves in turn where the device has too little memory for the whole."""
     try:
-        results = Group(plan.kind, plan.tickets, data, recipe, plan.strategies).run(on_metrics, halt)
+        results = Group(plan.kind, plan.tickets, data, recipe, plan.strategies).run(on_metrics, *turns)
     except torch.OutOfMemoryError:
         if len(plan.tickets) == 1:
             raise
@@ -87,4 +88,4 @@ def _halving(plan: Plan, data, recipe, on_metrics, halt):
     torch.cuda.empty_cache()
     middle = len(plan.tickets) // 2
     for half in (plan.tickets[:middle], plan.tickets[middle:]):
-        yield from _halving(plan._replace(tickets=half), data, recipe, on_metrics, halt)
+        yield from _halving(plan._replace(tickets=half), data, recipe, on_metrics, *turns)

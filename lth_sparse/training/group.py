@@ -18,6 +18,7 @@ from .optimizer import learning_rate
 from .order import Order
 from .stack import Stack
 from .tickets import Result, Ticket, is_finite
+from .turns import Turns
 
 SAVE_SECONDS = 30.0  # at most this much training is lost to a kill; saving a LeNet takes 10 ms
 
@@ -44,21 +45,23 @@ class Group:
         self.orders = [Order(size, recipe.batch_size, ticket.seed, recipe.device) for ticket in tickets]
         self.steps = Steps(self.learner, recipe.device == "cuda")
 
-    def run(self, on_metrics: Callable[[str, dict], None], halt: threading.Event) -> list[Result]:
-        """Train to `recipe.iterations`, or until every ticket has diverged."""
+    def run(self, on_metrics: Callable[[str, dict], None], halt: threading.Event, turns: Turns) -> list[Result]:
+        """Train to `recipe.iterations`, or until every ticket has diverged; computes only in its turns."""
         self._resume(on_metrics)
         begin, saved = time.monotonic() - self.seconds, time.monotonic()
         while self.iteration < self.recipe.iterations and any(result.status == "done" for result in self.results):
-            self._advance()
-            if self.iteration % self.recipe.evaluate_every == 0 or self.iteration == self.recipe.iterations:
-                self._evaluate(on_metrics)
+            with turns.one():
+                self._advance()
+                if self.iteration % self.recipe.evaluate_every == 0 or self.iteration == self.recipe.iterations:
+                    self._evaluate(on_metrics)
             self.seconds = time.monotonic() - begin
             if halt.is_set() or time.monotonic() - saved > SAVE_SECONDS:
                 self._save()
                 saved = time.monotonic()
             if halt.is_set():
                 raise Halted
-        return self._finish(begin)
+        with turns.one():
+            return self._finish(begin)
 
     def _advance(self):
         """Take steps up to the next evaluation or iteration to keep, at most `STEPS`."""
