@@ -1,6 +1,7 @@
 """Live progress of a recipe on stderr: a bar for the whole, a line for each ticket in training."""
 
 import threading
+import time
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,6 +23,7 @@ class Progress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[speed]}"),
             console=console,
             disable=not self.live,
             transient=True,
@@ -29,11 +31,13 @@ class Progress:
         )
         self.lines: dict[str, int] = {}
         self.fractions: dict[str, float] = {}  # label -> how much of its round is done
+        self.reached: dict[str, int] = {}  # label -> its last iteration
+        self.steps, self.began = 0, time.monotonic()
         self.lock = threading.Lock()  # tickets report from threads of their own
 
     def __enter__(self) -> "Progress":
         rounds = (self.recipe.rounds + 1) * len(self.recipe.arms) * self.recipe.trials
-        self.whole = self.bars.add_task("all rounds", total=rounds)
+        self.whole = self.bars.add_task("all rounds", total=rounds, speed="")
         self.bars.start()
         return self
 
@@ -47,9 +51,13 @@ class Progress:
             text = f"{arm} {trial[6:]} round {int(round[6:])}/{self.recipe.rounds}"
             text += f"  iteration {row['iteration']:,} of {row['of']:,}  test {row['test_accuracy']:.2%}"
             if label not in self.lines:
-                self.lines[label] = self.bars.add_task(text, total=row["of"])
+                self.lines[label] = self.bars.add_task(text, total=row["of"], speed="")
             self.bars.update(self.lines[label], description=text, completed=row["iteration"])
             self._count(label, row["iteration"] / row["of"])
+            self.steps += row["iteration"] - self.reached.get(label, row["iteration"])  # those of earlier sittings not
+            self.reached[label] = row["iteration"]
+            speed = self.steps / (time.monotonic() - self.began)
+            self.bars.update(self.whole, speed=f"{speed:,.0f} steps/s" if self.steps else "")
 
     def round(self, result: dict) -> None:
         """Count a finished round, the content of its result.json."""

@@ -93,3 +93,14 @@ def test_tickets_report_from_threads_of_their_own():
         for thread in threads:
             thread.join()
         assert len(progress.lines) == 4 and progress.bars.tasks[0].completed == 4
+
+
+def test_speed_counts_the_steps_of_this_sitting(monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("lth_sparse.progress.time.monotonic", lambda: next(clock))
+    progress, _ = shown(terminal=True)
+    with progress:
+        for label, iterations in {"ticket/trial_1/round_01": (500, 600), "random/trial_0/round_01": (100, 1000)}.items():
+            for iteration in iterations:
+                progress.metrics(label, row(iteration))
+        assert progress.bars.tasks[0].fields["speed"] == "25 steps/s", "100 + 900 steps in 40 seconds"
