@@ -28,7 +28,7 @@ def train(
     """Train every ticket from its `start` to `recipe.iterations`; results in the order of the tickets.
 
     On CUDA perceptrons of the same shapes train together, other tickets one by one, both in captured graphs. On the CPU
-    each ticket has a thread, and its bits depend on the recipe and its own seed alone, not on the others: three of LeNet's
+    each ticket has a thread, and its bits depend on the recipe and its own seed alone: three of LeNet's
     on two cores take 1.2 ms a step each, evaluations not counted (torch 2.15). When one fails, or the caller is
     interrupted, the others save their state first. A group that the device has no memory for is halved.
 

@@ -99,9 +99,10 @@ def test_together_they_get_what_each_gets_alone(how, optimizer):
         torch.testing.assert_close(together.loss[ticket], alone.loss[0], rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_counts_what_is_right():
+@pytest.mark.parametrize("how", ["masked", "cpu", "dense", "bitmap", "csr"])
+def test_evaluation_counts_what_is_right(how):
     data, (network, other) = images(), tickets(2)
-    stack = Stack([network, other], data, settings(), {})
+    stack = Stack([network, other], data, settings(), dict.fromkeys(LAYERS, how))
     for ticket, model in enumerate((network, other)):
         logits = model.double()(data.inputs(data.test.images).flatten(1).double()).detach()
         loss, accuracy = stack.evaluate(data.test)[ticket].tolist()
