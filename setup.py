@@ -30,6 +30,7 @@ setup(
         "lth_sparse.kernels",
         "lth_sparse.experiments",
         "lth_sparse.benchmarks",
+        "lth_sparse.benchmarks.peers",
     ],
     package_dir={f"lth_sparse.{name}": name for name in ("kernels", "experiments", "benchmarks")},
     package_data={"lth_sparse.experiments": ["*.toml", "*.json"]},

@@ -18,18 +18,24 @@ import torch
 from lth_sparse import data, experiment, lottery, recipe, training
 
 from . import records
+from .compare import failure
 from .paired import ratio
 from .peers import plain
+from .providers import Unable
 from .records import Record
+from .shapes import Level
 
 CASE = Record(name="find-ticket lenet-300-100 mnist, 3 arms", metric="seconds of a round", unit="s", precision="fp32")
 PROVIDERS = ("plain", "engine-dense", "lth")
 
 
-def section(level, device: torch.device, root: str = "datasets") -> Iterator[Record]:
-    """As many rounds and iterations as the level affords; the paper's length is 50,000."""
-    rounds, iterations = level.rounds, level.iterations
-    yield from measured(root, rounds, iterations, str(device))
+def section(level: Level, device: torch.device) -> Iterator[Record]:
+    """As many rounds and iterations as the level affords (the paper's length is 50,000), if ./datasets has MNIST."""
+    if level.experiment:
+        try:
+            yield from measured("datasets", *level.experiment, str(device))
+        except (ValueError, RuntimeError) as error:
+            yield CASE._replace(**failure(Unable(error)))
 
 
 def measured(root: str, rounds: int, iterations: int, device: str) -> Iterator[Record]:
@@ -43,7 +49,7 @@ def measured(root: str, rounds: int, iterations: int, device: str) -> Iterator[R
     taken: dict[str, list[float]] = {name: [] for name in sides}
     shape = f"{iterations:,} iterations"
     for round in range(rounds + 1):
-        density = experiment_density(round)
+        density = round_density(round)
         for name, side in sides.items():
             begin = time.perf_counter()
             found = next(side)
@@ -54,7 +60,7 @@ def measured(root: str, rounds: int, iterations: int, device: str) -> Iterator[R
                 yield case._replace(metric=f"test accuracy of {arm}", unit="", value=row["accuracy"])
     for name in ("plain", "engine-dense"):
         yield _faster(name, taken, range(rounds + 1), shape, "all rounds")
-        sparse = [round for round in range(rounds + 1) if experiment_density(round) < 0.1]
+        sparse = [round for round in range(rounds + 1) if round_density(round) < 0.1]
         if sparse:
             yield _faster(name, taken, sparse, shape, "rounds under 10% density")
 
@@ -78,7 +84,7 @@ def engine(root: str, **settings) -> Iterator[dict]:
         yield found
 
 
-def experiment_density(round: int) -> float:
+def round_density(round: int) -> float:
     """Kept of LeNet-300-100's weights after so many prunings, by `plain.RATES`."""
     sizes = 784 * 300, 300 * 100, 100 * 10
     return sum(size * (1 - rate) ** round for size, rate in zip(sizes, plain.RATES, strict=True)) / sum(sizes)

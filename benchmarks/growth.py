@@ -17,21 +17,20 @@ from lth_sparse.recipe import Recipe
 
 from .paired import ratio
 from .records import Record
+from .shapes import Level
 
 DENSITY, BATCH = 0.2, 60
-TICKETS = {"smoke": (1, 2, 4), "core": (1, 2, 4, 8, 16, 32, 64), "full": (1, 2, 4, 8, 16, 32, 64)}
-WIDTHS = {"smoke": (100, 300), "core": (100, 300, 1024, 4096), "full": (100, 300, 1024, 4096, 8192)}
 STEPS = 100
-ROUNDS = 5
+ROUNDS = 7
 
 
-def section(level, device: torch.device) -> Iterator[Record]:
+def section(level: Level, device: torch.device) -> Iterator[Record]:
     """Time of a ticket's step against the tickets, then against the width."""
     images = _images(device)
     case = Record(name="step of a perceptron 784-300-100-10", density=DENSITY, precision="fp32", provider="lth")
-    yield from _grown(case, {f"{count} tickets": (count, 300) for count in TICKETS[level.name]}, images, device)
+    yield from _grown(case, {f"{count} tickets": (count, 300) for count in level.tickets}, images, device)
     case = case._replace(name="step of a perceptron 784-width-100-10")
-    yield from _grown(case, {f"width {width}": (1, width) for width in WIDTHS[level.name]}, images, device)
+    yield from _grown(case, {f"width {width}": (1, width) for width in level.widths}, images, device)
 
 
 def _grown(case, sizes, images, device) -> Iterator[Record]:
@@ -41,7 +40,7 @@ def _grown(case, sizes, images, device) -> Iterator[Record]:
         for shape, (count, width) in sizes.items():
             seconds = _seconds(count, width, images, device)
             taken[shape] += [seconds / count / STEPS] if round else []
-    first = next(iter(taken.values()))
+    first = next(iter(taken.values()), [])
     for shape, seconds in taken.items():
         here, grown = case._replace(shape=shape, n=ROUNDS), ratio(seconds, first)
         yield here._replace(

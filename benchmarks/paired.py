@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from math import comb
 from statistics import median
 from typing import NamedTuple
 
@@ -9,15 +10,16 @@ import torch
 
 
 class Ratio(NamedTuple):
-    """Median of pairwise ratios with its distribution-free 95% interval, over `n` pairs."""
+    """Median of pairwise ratios with its `interval`, over `n` pairs."""
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+        spread = f"n = {self.n}" if self.low is None else f"{self.low:.2f} to {self.high:.2f}"
+        return f"{self.median:.2f} ({spread})"
 
 
 def seconds(steps: Sequence[Callable[[], object]], rounds: int, warmup: int = 3, inner: int = 1) -> list[list[float]]:
@@ -30,11 +32,17 @@ def seconds(steps: Sequence[Callable[[], object]], rounds: int, warmup: int = 3,
     return [list(column) for column in zip(*rows, strict=True)]
 
 
+def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Median of `values`, and the distribution-free interval that covers it with 95%; None for fewer than 6."""
+    ordered, n = sorted(values), len(values)
+    below = [sum(comb(n, i) for i in range(k)) / 2**n for k in range(1, n + 1)]
+    outside = sum(2 * chance <= 0.05 for chance in below)  # values that can be left out on either side
+    return median(ordered), *((ordered[outside - 1], ordered[-outside]) if outside else (None, None))
+
+
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """How many times faster ours is, pair by pair; the interval is that of order statistics."""
-    ordered = sorted(a / b for a, b in zip(theirs, ours, strict=True))
-    n, half = len(ordered), int(0.98 * len(ordered) ** 0.5)
-    return Ratio(median(ordered), ordered[max(0, n // 2 - half)], ordered[min(n - 1, n // 2 + half)], n)
+    """How many times faster ours is, pair by pair."""
+    return Ratio(*interval([a / b for a, b in zip(theirs, ours, strict=True)]), len(ours))
 
 
 def _seconds(step, inner):

@@ -50,9 +50,9 @@ def draw(summary: dict, curves: dict, folder: Path) -> list[Path]:
     paths = []
     with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         if data := tickets_data(summary):
-            paths += _write(folder / "tickets", tickets_figure(data), data)
+            paths += write(folder / "tickets", tickets_figure(data), data)
         if data := accuracy_data(summary, curves):
-            paths += _write(folder / "accuracy", accuracy_figure(data), data)
+            paths += write(folder / "accuracy", accuracy_figure(data), data)
     return paths
 
 
@@ -79,7 +79,7 @@ def tickets_figure(data: dict):
                 percents, several = [100 * row["density"] for row in rows], [row["n"] > 1 for row in rows]
                 shown += _line(axes, percents, values, unit, several, ms=4, **style)
         axes.set(title=title, xlabel="percent of weights remaining")
-        _percent_axis(axes, {100 * row["density"] for row in data["rows"]})
+        percent_axis(axes, {100 * row["density"] for row in data["rows"]})
         if unit == 1:
             axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.set_ylim(bottom=0)
@@ -186,7 +186,7 @@ def _percent(value):
     return f"{value:.0f}" if value > 99.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.1g}"
 
 
-def _percent_axis(axes, percents):
+def percent_axis(axes, percents):
     """A logarithmic axis from 100 down, labelled at as many of `percents` as fit: eight of the paper's 28 rounds."""
     low, high = math.log(min(percents)), math.log(max(percents))
     margin = 0.05 * (high - low) or 0.2
@@ -223,7 +223,7 @@ def _legend_below(axes, columns):
     axes.legend(lines, labels, ncols=columns, fontsize=9, handlelength=1.9, columnspacing=1.4, **place)
 
 
-def _write(stem, figure, data):
+def write(stem, figure, data):
     """`stem` with .png, .svg and .json, each by rename; their paths."""
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg", ".json")]
     for path in paths[:2]:

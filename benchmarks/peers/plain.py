@@ -1,7 +1,7 @@
 """Iterative magnitude pruning as one writes it today, without this library: DataLoader, torch.nn.utils.prune, Adam.
 
-The protocol is that of `lth find-ticket lenet-300-100`: the same split sizes, batches, initialisation, rates, evaluation
-of validation and test set, early stop and training accuracy; masks are multiplied into dense weights.
+The protocol is that of `lth find-ticket lenet-300-100`: the same split sizes, batches, initialisation, rates,
+evaluation of validation and test set, early stop and training accuracy; masks are multiplied into dense weights.
 """
 
 import copy
@@ -52,7 +52,7 @@ def rounds(splits: Splits, iterations: int, evaluate_every: int, batch_size: int
     models = {arm: network(inputs).to(device) for arm in ARMS}
     start = copy.deepcopy(models["ticket"].state_dict())
     while True:
-        yield {arm: train(model, splits, iterations, evaluate_every, batch_size, device) for arm, model in models.items()}
+        yield {arm: train(m, splits, iterations, evaluate_every, batch_size, device) for arm, m in models.items()}
         for ticket, reinit, random, rate in zip(*map(_linear, models.values()), RATES, strict=True):
             prune.l1_unstructured(ticket, "weight", amount=rate)
             prune.random_unstructured(random, "weight", amount=rate)
