@@ -16,7 +16,7 @@ from . import runs, scores
 from .actions import reinit_, rewind_, snapshot
 from .convert import density
 from .masks import get_masks, masked_weights, set_masks_
-from .prune import check_rate, prune_
+from .prune import layer_rates, prune_
 from .training import Result, Ticket
 
 Masks = dict[str, Tensor]
@@ -169,9 +169,12 @@ def find_ticket(
         rounds 0 to `rounds`, fewer if a pruning empties a layer; `rounds[i].ticket_(model)` brings a ticket back.
 
     Raises:
-        ValueError: no masked layer, a rate out of range, an unknown score or scope.
+        ValueError: no masked layer, a rate or a number of rounds out of range, an unknown score, scope or layer.
     """
-    check_rate(rate)  # now, not after a round of training
+    if rounds < 0:
+        raise ValueError(f"rounds must be 0 or more, got {rounds}")
+    # now, not after a round of training
+    layer_rates(masked_weights(model), rate, pruning.get("scope", "layer"), pruning.get("rates") or {})
     scores.resolve(pruning.get("score", "magnitude"))
     start = dict(rewind) if rewind is not None else snapshot(model)
     chain = Chain(model, seed=0, pruning={"rate": rate, **pruning}, start=start)

@@ -46,7 +46,7 @@ def prune_(
     """
     refuse_packed(model, "prune_")
     weights = masked_weights(model)
-    rate_of = _layer_rates(weights, rate, scope, rates or {})
+    rate_of = layer_rates(weights, rate, scope, rates or {})
     if keep_at_least < 0:
         raise ValueError(f"keep_at_least must be 0 or more, got {keep_at_least}")
     generator = generator or torch.Generator().manual_seed(0)
@@ -70,7 +70,8 @@ def check_rate(rate: float, name: str = "rate", zero: bool = False) -> float:
     return rate
 
 
-def _layer_rates(weights: list[MaskedWeight], rate, scope, rates) -> dict[str, float]:
+def layer_rates(weights: list[MaskedWeight], rate: float, scope: str, rates: Mapping[str, float]) -> dict[str, float]:
+    """The rate of each weight by its name, from what `prune_` is given; ValueError as `prune_` raises it."""
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}: choose from {', '.join(SCOPES)}")
     names = [w.name for w in weights]

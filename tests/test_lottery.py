@@ -99,18 +99,24 @@ def test_a_layer_that_runs_empty_ends_it():
     assert lth.density(rounds[-1].ticket_(model)) == 1 / 12
 
 
-@pytest.mark.parametrize("wrong", [{"score": "best"}, {"rate": 1.0}, {"rate": 0}, {"rate": float("nan")}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"score": "best"}, {"rate": 1.0}, {"rate": 0}, {"rate": float("nan")}, {"rounds": -1}),
+        *({"scope": "universe"}, {"rates": {"nowhere": 0.1}}, {"rates": {"0": 1.5}}),
+    ],
+    ids=str,
+)
 def test_wrong_arguments_are_refused_before_training(wrong):
     train = Training()
     with pytest.raises(ValueError):
-        find_ticket(small(), train, rounds=1, **wrong)
+        find_ticket(small(), train, **{"rounds": 1} | wrong)
     assert not train.before
 
 
 def test_other_refusals():
-    for wrong in ({"scope": "universe"}, {"rates": {"nowhere": 0.1}}, {"rewind": {}}):
-        with pytest.raises(ValueError):
-            find_ticket(small(), Training(), rounds=1, **wrong)
+    with pytest.raises(ValueError):
+        find_ticket(small(), Training(), rounds=1, rewind={})
     with pytest.raises(ValueError, match="sparsify_"):
         find_ticket(nn.Sequential(nn.Linear(2, 2)), Training())
 
