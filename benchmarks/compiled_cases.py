@@ -36,6 +36,8 @@ def cases() -> Iterator[Case]:
     yield from _weight_gradient()
     yield from _refresh()
     yield from _bitmap_linear()
+    yield from _dense_linear()
+    yield from _step()
     yield from _csr_linear()
     yield from _optimizers()
     yield from _conv_direct()
@@ -82,6 +84,7 @@ def _bitmap_linear():
         launches = {
             "forward": partial(module.forward, x, values, bits, bias, True, precision),
             "input gradient": partial(module.input_gradient, x, values, bits, 4096, precision),
+            "gated input gradient": partial(module.input_gradient, *_gated(dtype, precision)),
         }
         for name, launch in launches.items():
             label = f"bitmap_linear {name} {_label(dtype, precision)}"
@@ -89,6 +92,47 @@ def _bitmap_linear():
         if precision == "ieee":
             add_up = f"bitmap_linear add up {_label(dtype)}"
             yield Case(add_up, launches["forward"], "_add_up_kernel", ("BLOCK",), wide=wide)
+
+
+def _gated(dtype, precision):
+    """Operands of the input gradient of LeNet's second layer, of 32 tickets, so that no sum is split."""
+    dy, gate = meta(32, 60, 100, dtype=dtype), meta(32, 60, 300, dtype=dtype)
+    return dy, meta(32, 3001), _bitmap(32, 100, 300), 300, precision, gate
+
+
+def _dense_linear():
+    module, tile = _kernels("dense_linear"), ("OUT", "BATCH")
+    # The first and the second layer of LeNet, and a wide one, evaluated.
+    for tickets, batch, n, k in ((1, 60, 300, 784), (64, 60, 100, 300), (4, 1000, 1024, 1024)):
+        for dtype, precision in _precisions():
+            weight, bias = meta(tickets, n, k, dtype=dtype), meta(tickets, n)
+            x, dy = meta(tickets, batch, k, dtype=dtype), meta(tickets, batch, n, dtype=dtype)
+            launches = {
+                "forward": partial(module.forward, x, weight, bias, True, precision),
+                "input gradient": partial(module.input_gradient, dy, weight, x, precision),
+            }
+            # Tiles of one ticket are smaller than Hopper's instructions for matrices; it has Ampere's, too.
+            matrix = (dtype, precision) != (torch.float32, "ieee") and tickets > 1
+            wide = "LDGSTS" if dtype == torch.float32 or n == 1024 else ""  # rows of 300 bfloat16 are moved by 8 bytes
+            for name, launch in launches.items():
+                label = f"dense_linear {name} {_label(dtype, precision)} {tickets}x{n}x{k}"
+                yield Case(label, launch, "_dense_linear_kernel", tile, matrix, wide)
+
+
+def _step():
+    """What a step of LeNet is made of beside its products."""
+    batches, loss, indices = _kernels("batches"), _kernels("loss"), meta(64, 60, dtype=torch.int64)
+    for kind in (torch.uint8, torch.float32):
+        images = meta(55_000, 1, 784, dtype=kind)
+        for dtype in (torch.float32, torch.bfloat16):
+            launch = partial(batches.gather, images, indices, meta(1), meta(1), dtype)
+            yield Case(f"gather {str(kind)[6:]} to {_label(dtype)}", launch, "_gather_kernel", ("BLOCK",), wide="STG")
+    labels, tile = meta(55_000, dtype=torch.int64), ("ROWS", "CLASSES")
+    for classes in (10, 1000):
+        step = partial(loss.cross_entropy, meta(64, 60, classes), labels, indices, meta(64))
+        yield Case(f"cross_entropy {classes}", step, "_cross_entropy_kernel", tile, wide="")
+        evaluation = meta(64, 10_000, classes), labels[:10_000], meta(64, 2, dtype=torch.float64)
+        yield Case(f"tally {classes}", partial(loss.tally, *evaluation), "_tally_kernel", tile, wide="")
 
 
 def _csr_linear():

@@ -6,6 +6,8 @@ directions, as a tile expanded along its rows may be used transposed. Source: Fl
 (Fan et al. 2025), without their reordered formats.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -31,9 +33,9 @@ BLOCK = 512  # outputs of a program that adds up partial sums: 16 bytes a thread
 
 @triton.jit
 def _bitmap_linear_kernel(
-    x, values, words, offsets, bias, out,
+    x, values, words, offsets, bias, gate, out,
     batch, depth, width, n_rows, n_words, nnz, steps, x_ticket, x_batch,
-    TRANSPOSED: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     OUT: tl.constexpr, STEP: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     ticket = tl.program_id(2).to(tl.int64)
@@ -66,19 +68,25 @@ def _bitmap_linear_kernel(
         tile = expanded(values, word, offset).to(x.dtype.element_ty)
         word, offset = next_word, next_offset
         sums = tl.dot(tl.trans(tile) if TRANSPOSED else tile, x_tile, sums, input_precision=PRECISION)
+    width = width // ALIGNED * ALIGNED  # which it is: so the compiler knows that rows are whole vectors
     o = first + tl.arange(0, OUT)
     if bias is not None:
         sums += tl.load(bias + ticket * width + o, mask=o < width, other=0.0).to(tl.float32)[:, None]
     if RELU:
         sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
     out += ((split * tl.num_programs(2) + ticket) * batch + first_b) * width
-    at = b[None, :].to(tl.int64) * width + o[:, None]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(o < width)[:, None] & (b < left)[None, :])
+    at = b[None, :] * width + o[:, None]
+    inside = (o < width)[:, None] & (b < left)[None, :]
+    sums = sums.to(out.dtype.element_ty)
+    if gate is not None:  # then the sum is not split
+        gate += (ticket * batch + first_b) * width
+        sums = tl.where(tl.load(gate + at, mask=inside, other=0.0) <= 0, 0.0, sums)
+    tl.store(out + at, sums, mask=inside)
 
 
 @triton.jit
 def _add_up_kernel(
-    partial, bias, y, n_lines, batch, width, RELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+    partial, bias, gate, y, n_lines, batch, width, RELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -89,6 +97,8 @@ def _add_up_kernel(
         sums += tl.load(bias + line // batch * width + o, mask=o < width, other=0.0).to(tl.float32)
     if RELU:
         sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if gate is not None:
+        sums = tl.where(tl.load(gate + line * width + o, mask=o < width, other=0.0) <= 0, 0.0, sums)
     tl.store(y + line * width + o, sums.to(y.dtype.element_ty), mask=o < width)
 
 
@@ -112,21 +122,19 @@ def forward(
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     _check("x", x, values, bitmap, x.shape[-1], x.shape[-1], precision)
-    if bias is not None:
-        wanted = tuple(bitmap.words.shape[:2])
-        if bias.shape != wanted or bias.dtype not in (torch.float32, x.dtype) or bias.device != x.device:
-            got = f"{tuple(bias.shape)} of {bias.dtype} on {bias.device}"
-            raise ValueError(f"bias must be {wanted} of float32 or {x.dtype} on {x.device}, got {got}")
-        bias = bias.contiguous()
-    return _product(x, values, bitmap, x.shape[2], bias, relu, precision, transposed=False)
+    bias = _beside("bias", bias, tuple(bitmap.words.shape[:2]), x)
+    return _product(x, values, bitmap, x.shape[2], bias, None, relu, precision, transposed=False)
 
 
-def input_gradient(dy: Tensor, values: Tensor, bitmap: Bitmap, n_columns: int, precision: str = "ieee") -> Tensor:
-    """dx = dy W of R linear layers at once, from the operands of `forward`.
+def input_gradient(
+    dy: Tensor, values: Tensor, bitmap: Bitmap, n_columns: int, precision: str = "ieee", gate: Tensor | None = None
+) -> Tensor:
+    """dx = dy W of R linear layers at once, from the operands of `forward`, and zero where `gate` is not positive.
 
     Args:
         dy: output gradient [R, B, N], float32, bfloat16 or float16, any strides.
         values, bitmap, precision, n_columns: as in `forward`; n_columns is K.
+        gate: output [R, B, K] of the ReLU that made x, float32 or of the dtype of dy, or None.
 
     Returns:
         dx [R, B, K] in the dtype of dy, deterministic.
@@ -135,10 +143,11 @@ def input_gradient(dy: Tensor, values: Tensor, bitmap: Bitmap, n_columns: int, p
         ValueError: as `forward`.
     """
     _check("dy", dy, values, bitmap, bitmap.words.shape[1], n_columns, precision)
-    return _product(dy, values, bitmap, n_columns, None, False, precision, transposed=True)
+    gate = _beside("gate", gate, (*dy.shape[:2], n_columns), dy)
+    return _product(dy, values, bitmap, n_columns, None, gate, False, precision, transposed=True)
 
 
-def _product(x, values, bitmap, n_columns, bias, relu, precision, transposed):
+def _product(x, values, bitmap, n_columns, bias, gate, relu, precision, transposed):
     tickets, n_rows, n_words = bitmap.words.shape
     batch, width = x.shape[1], n_columns if transposed else n_rows
     y = torch.empty(tickets, batch, width, dtype=x.dtype, device=x.device)
@@ -152,16 +161,18 @@ def _product(x, values, bitmap, n_columns, bias, relu, precision, transposed):
     splits, steps = _splits(tiles[0] * tiles[1] * tickets, triton.cdiv(x.shape[2], step))
     sums = y if splits == 1 else y.new_empty(splits, tickets, batch, width, dtype=torch.float32)
     _bitmap_linear_kernel[tiles[0], tiles[1] * splits, tickets](
-        x, values, bitmap.words, bitmap.offsets, bias if splits == 1 else None, sums,
+        x, values, bitmap.words, bitmap.offsets,
+        bias if splits == 1 else None, gate if splits == 1 else None, sums,
         batch, x.shape[2], width, n_rows, n_words, values.shape[1], steps, x.stride(0), x.stride(1),
-        TRANSPOSED=transposed, RELU=relu and splits == 1, PRECISION=precision, OUT=OUT, STEP=step, BATCH=tile,
+        TRANSPOSED=transposed, RELU=relu and splits == 1, PRECISION=precision,
+        ALIGNED=math.gcd(width, 16 // x.element_size()), OUT=OUT, STEP=step, BATCH=tile,
         # One stage: the pipeliner would copy each value on its own, in 18 instructions a weight. tf32 takes up to 160
         # registers unless told; bfloat16 keeps to about 128 on sm_90 by itself, and would spill on sm_80 if told.
         num_warps=WARPS, num_stages=1, maxnreg=128 if tf32 else None,
     )  # fmt: skip
     if splits > 1:
         _add_up_kernel[tickets * batch, triton.cdiv(width, BLOCK)](
-            sums, bias, y, tickets * batch, batch, width, RELU=relu, SPLITS=splits, BLOCK=BLOCK, num_warps=4
+            sums, bias, gate, y, tickets * batch, batch, width, RELU=relu, SPLITS=splits, BLOCK=BLOCK, num_warps=4
         )
     return y
 
@@ -176,6 +187,16 @@ def _splits(tiles: int, steps: int) -> tuple[int, int]:
     """How many programs share the sum of a tile, none of them idle, and the steps of each."""
     each = max(triton.cdiv(steps, max(PROGRAMS // tiles, 1)), min(steps, FEWEST_STEPS), 1)
     return max(triton.cdiv(steps, each), 1), each
+
+
+def _beside(name, tensor, shape, x):
+    """`tensor`, contiguous, if it is `shape` of float32 or the dtype of x; None is left out."""
+    if tensor is None:
+        return None
+    if tensor.shape != shape or tensor.dtype not in (torch.float32, x.dtype) or tensor.device != x.device:
+        got = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name} must be {shape} of float32 or {x.dtype} on {x.device}, got {got}")
+    return tensor.contiguous()
 
 
 def _check(name, x, values, bitmap, depth, n_columns, precision):

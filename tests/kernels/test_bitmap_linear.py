@@ -49,6 +49,19 @@ def test_bias_and_relu_follow_the_product(relu, k, precision):
     assert not relu or (y == 0).any()
 
 
+@pytest.mark.parametrize("n", [40, 300])  # one program sums up, or three and a second kernel
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_gate_closes_where_its_relu_did(n, precision):
+    if precision == "tf32" and DEVICE == "cuda":
+        pytest.skip("rounds to 10 bits there: see the precisions on a GPU")
+    _, dy, masks, weight = operands("random", 3, 20, n, 70)
+    gate = random(70, 20, 3, seed=3).relu().permute(2, 1, 0)
+    gate[0, 0], gate[1, -1] = -1.0, -0.0
+    dx = input_gradient(dy, packed(weight, masks), bitmap(masks), 70, precision, gate)
+    assert close(dx, (dy.double() @ weight.double()) * (gate > 0), (dy @ weight) * (gate > 0))
+    assert (dx[gate <= 0] == 0).all() and (dx != 0).any()
+
+
 @pytest.mark.parametrize("k", [40, 300])
 def test_relu_lets_nan_pass(k):
     x, _, masks, weight = operands("all", 1, 2, 3, k)
@@ -141,6 +154,14 @@ def test_shapes_that_do_not_fit_are_named(change, message):
     tensors = {name: random(*shape) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
         forward(tensors["x"], tensors["values"], bitmap(make_masks("random", 1, 8, 40)), tensors["bias"])
+
+
+def test_gates_that_do_not_fit_are_named():
+    dy, values, bits = random(1, 4, 8), random(1, 64), bitmap(make_masks("random", 1, 8, 40))
+    with pytest.raises(
+        ValueError, match=r"gate must be \(1, 4, 40\) of float32 or torch.float32 on .*, got \(1, 4, 8\)"
+    ):
+        input_gradient(dy, values, bits, 40, gate=random(1, 4, 8))
 
 
 @pytest.mark.parametrize("dy, columns", [((1, 4, 40), 40), ((1, 4, 8), 65), ((1, 4, 8), 32)])
