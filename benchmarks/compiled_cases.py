@@ -183,7 +183,7 @@ def _conv_direct():
 
 def _conv_direct_launches(channels, size, dtype):
     """Launches of both directions for a 3x3 convolution of as many inputs as outputs."""
-    module, taps, geometry = _kernels("conv_direct"), _kernels("taps"), _kernels("windows").geometry(3, padding=1)
+    module, taps, geometry = _kernels("conv_direct"), _kernels("taps"), _kernels("geometry").geometry(3, padding=1)
     starts, places, order, long = (meta(n, dtype=torch.int32) for n in (channels + 1, 1105, 1105, channels))
     near = taps.Reads(starts, places, meta(1105, dtype=torch.uint16), long)
     lists, values, bias = taps.Taps(geometry, near, taps.Reads(starts, places, order, long)), meta(1105), meta(channels)
@@ -198,7 +198,7 @@ def _conv_tiles():
     weight_gradient, bitmap = _kernels("conv_weight_gradient"), _kernels("conv_bitmap")
     bits, values, tile = _bitmap(1, 128 * 9, 64), meta(10**6 + 1), ("PIXELS", "CHANNELS")
     for (dtype, precision), stride in itertools.product(_precisions(), (1, 2)):
-        window = _kernels("windows").geometry(3, stride, 1)
+        window = _kernels("geometry").geometry(3, stride, 1)
         x, dy = (meta(128, c, 32 // by, 32 // by, dtype=dtype) for c, by in ((64, 1), (128, stride)))
         gradients = partial(weight_gradient.weight_gradient, dy, x, bits, 10**6 + 1, window, True, precision)
         forward = partial(bitmap.forward, x, values, bits, meta(128), window, True, precision)

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .operands import DTYPES, NAMES
+
 BLOCK = 1024  # pixels of a program: an image of MNIST, or a channel of CIFAR-10
 
 
@@ -58,4 +59,4 @@ def _check(images, indices, scale, shift, dtype):
             form = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             raise ValueError(f"{name} must be float32 ({images.shape[1]},) on {images.device}, got {form}")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(str(d)[6:] for d in DTYPES)}, got {dtype}")
+        raise ValueError(f"dtype must be one of {NAMES}, got {dtype}")

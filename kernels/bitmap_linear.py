@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .operands import DTYPES, NAMES, beside, check_precision
 from .pattern import Bitmap
 from .places import expanded, fours
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRECISIONS = ("ieee", "tf32", "tf32x3")
 # Tiles of 128 outputs: every program reads the x of its steps, 16 MB in all for 4096 x 4096, batch 60 and bfloat16;
 # 64 outputs would double that. Tiles of up to 64 of the batch: 128 need more than the 128 registers a thread with
 # which two programs of 8 warps fit into an SM, and one alone waits for memory most of the time.
@@ -122,7 +121,7 @@ def forward(
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     _check("x", x, values, bitmap, x.shape[-1], x.shape[-1], precision)
-    bias = _beside("bias", bias, tuple(bitmap.words.shape[:2]), x)
+    bias = beside("bias", bias, tuple(bitmap.words.shape[:2]), x)
     return _product(x, values, bitmap, x.shape[2], bias, None, relu, precision, transposed=False)
 
 
@@ -143,7 +142,7 @@ def input_gradient(
         ValueError: as `forward`.
     """
     _check("dy", dy, values, bitmap, bitmap.words.shape[1], n_columns, precision)
-    gate = _beside("gate", gate, (*dy.shape[:2], n_columns), dy)
+    gate = beside("gate", gate, (*dy.shape[:2], n_columns), dy)
     return _product(dy, values, bitmap, n_columns, None, gate, False, precision, transposed=True)
 
 
@@ -189,16 +188,6 @@ def _splits(tiles: int, steps: int) -> tuple[int, int]:
     return max(triton.cdiv(steps, each), 1), each
 
 
-def _beside(name, tensor, shape, x):
-    """`tensor`, contiguous, if it is `shape` of float32 or the dtype of x; None is left out."""
-    if tensor is None:
-        return None
-    if tensor.shape != shape or tensor.dtype not in (torch.float32, x.dtype) or tensor.device != x.device:
-        got = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
-        raise ValueError(f"{name} must be {shape} of float32 or {x.dtype} on {x.device}, got {got}")
-    return tensor.contiguous()
-
-
 def _check(name, x, values, bitmap, depth, n_columns, precision):
     tickets, n_rows, n_words = bitmap.words.shape
     if x.dim() != 3 or x.shape[0] != tickets or x.shape[2] != depth or -(-n_columns // 32) != n_words:
@@ -210,12 +199,10 @@ def _check(name, x, values, bitmap, depth, n_columns, precision):
         raise ValueError(f"values must be contiguous [R, nnz] of R {tickets}, got {tuple(values.shape)}")
     if x.dtype not in DTYPES or values.dtype not in (torch.float32, x.dtype):
         raise ValueError(
-            f"{name} must be of {', '.join(str(d)[6:] for d in DTYPES)} and values of float32 or the same, got "
-            f"{x.dtype} and {values.dtype}"
+            f"{name} must be of {NAMES} and values of float32 or the same, got {x.dtype} and {values.dtype}"
         )
     if not x.device == values.device == bitmap.words.device:
         raise ValueError(
             f"{name}, values and masks must be on one device, got {x.device}, {values.device} and {bitmap.words.device}"
         )
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .geometry import Geometry
 from .pattern import Bitmap
 from .places import places
-from .windows import Geometry, channels_last, check, window, within
+from .windows import channels_last, check, window, within
 
 PROGRAMS = 132  # one for each multiprocessor of an H200
 

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .geometry import Geometry
+from .operands import DTYPES, NAMES
 from .taps import Reads, Taps, furthest
-from .windows import DTYPES, Geometry
 
 BLOCK = 256  # pixels that a program of the copy writes
 LANES = 32  # of a warp, each at a pixel of its own
@@ -218,8 +219,7 @@ def _check(source, name, shape, values, taps, geometry):
         raise ValueError(f"values must be {tuple(taps.forward.order.shape)} of the taps, got {tuple(values.shape)}")
     if source.dtype not in DTYPES or values.dtype not in (source.dtype, torch.float32):
         raise ValueError(
-            f"{name} must be one of {', '.join(str(dtype)[6:] for dtype in DTYPES)} and values its dtype or float32, "
-            f"got {source.dtype} and {values.dtype}"
+            f"{name} must be one of {NAMES} and values its dtype or float32, got {source.dtype} and {values.dtype}"
         )
     if not source.device == values.device == taps.forward.order.device:
         raise ValueError(

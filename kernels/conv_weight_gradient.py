@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .geometry import Geometry
 from .pattern import Bitmap
 from .places import popcount
-from .windows import Geometry, channels_last, check, window, within
+from .windows import channels_last, check, window, within
 
 COLUMNS = 128
 POSITIONS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # summed per step

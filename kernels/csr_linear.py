@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .groups import Groups
+from .operands import DTYPES
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LINE = 128  # bytes: 8 lanes read a line of x, so that a warp works at 4 rows
 STEPS, RAGGED = 8, 4  # weights per step of all rows of a program, and of the rows that are longer than the shortest
 SAMPLES = 128  # of the batch per step of the weight gradient, which takes 4 weights of each row at a time

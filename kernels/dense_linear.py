@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+from .operands import DTYPES, NAMES, beside, check_precision
+
 PROGRAMS = 132  # one for each multiprocessor of an H200
 # Outputs and samples of a tile: the first that fits the product and fills the GPU. 64 outputs are the fewest of wgmma.
 TILES = ((64, 128), (64, 64), (64, 32), (32, 32), (16, 16))
@@ -79,7 +79,7 @@ def forward(
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     weight = _weight("x", x, weight, precision, depth=2)
-    bias = _beside("bias", bias, tuple(weight.shape[:2]), x)
+    bias = beside("bias", bias, tuple(weight.shape[:2]), x)
     return _product(x, weight, bias, None, relu, precision, transposed=False)
 
 
@@ -97,7 +97,7 @@ def input_gradient(dy: Tensor, weight: Tensor, gate: Tensor | None = None, preci
         ValueError: as `forward`.
     """
     weight = _weight("dy", dy, weight, precision, depth=1)
-    gate = _beside("gate", gate, (*dy.shape[:2], weight.shape[2]), dy)
+    gate = beside("gate", gate, (*dy.shape[:2], weight.shape[2]), dy)
     return _product(dy, weight, None, gate, False, precision, transposed=True)
 
 
@@ -145,17 +145,6 @@ def _weight(name, x, weight, precision, depth):
     if not (x.dim() == weight.dim() == 3 and x.shape[0] == weight.shape[0] and x.shape[2] == weight.shape[depth]):
         raise ValueError(f"{name} and weight must be {wanted}, got {tuple(x.shape)} and {tuple(weight.shape)}")
     if x.dtype not in DTYPES:
-        raise ValueError(f"{name} must be of {', '.join(str(d)[6:] for d in DTYPES)}, got {x.dtype}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    return _beside("weight", weight, tuple(weight.shape), x)
-
-
-def _beside(name, tensor, shape, x):
-    """`tensor`, contiguous, if it is `shape` of float32 or the dtype of x; None is left out."""
-    if tensor is None:
-        return None
-    if tensor.shape != shape or tensor.dtype not in (torch.float32, x.dtype) or tensor.device != x.device:
-        got = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
-        raise ValueError(f"{name} must be {shape} of float32 or {x.dtype} on {x.device}, got {got}")
-    return tensor.contiguous()
+        raise ValueError(f"{name} must be of {NAMES}, got {x.dtype}")
+    check_precision(precision)
+    return beside("weight", weight, tuple(weight.shape), x)

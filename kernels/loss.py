@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .operands import DTYPES, NAMES
+
 CLASSES = 1024  # at most: a row of logits lies in registers
 BLOCK = 4096  # logits of a step, 16 a thread: with twice as many of either, some shape spills
 
@@ -124,7 +125,7 @@ def _tile(batch: int, classes: int) -> dict[str, int]:
 
 def _check(logits, labels, sums, shape, dtypes):
     if logits.dim() != 3 or logits.shape[2] > CLASSES or logits.dtype not in DTYPES:
-        wanted = f"{', '.join(str(d)[6:] for d in DTYPES)} [R, B, C], C at most {CLASSES}"
+        wanted = f"{NAMES} [R, B, C], C at most {CLASSES}"
         raise ValueError(f"logits must be of {wanted}, got {logits.dtype} {tuple(logits.shape)}")
     if labels.dim() != 1 or labels.dtype != torch.int64 or labels.device != logits.device:
         form = f"{labels.dtype} {tuple(labels.shape)} on {labels.device}"

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .geometry import Geometry
 from .pattern import kept_weights
-from .windows import Geometry
 
 
 class Reads(NamedTuple):

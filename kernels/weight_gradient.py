@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .operands import check_precision
 from .pattern import Bitmap
 from .places import places
 
-PRECISIONS = ("ieee", "tf32", "tf32x3")
 # 64 x 64 tiles keep the sums and their places in registers without a spill at 8 warps.
 ROWS = COLUMNS = 64
 BATCH = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # of the batch per step: 128 bytes a row
@@ -130,5 +130,4 @@ def _check(dy, x, masks_shape, wanted, device, precision):
             f"dy and x must have one dtype of {', '.join(str(d)[6:] for d in BATCH)} on the device of the masks, got "
             f"{dy.dtype} on {dy.device}, {x.dtype} on {x.device}, masks on {device}"
         )
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)

@@ -1,72 +1,13 @@
 """How the window of a 2-D convolution moves over an image, for the kernels that convolve without unfolding it."""
 
-import math
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .geometry import Geometry
+from .operands import DTYPES, NAMES, check_precision
 from .pattern import Bitmap
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRECISIONS = ("ieee", "tf32", "tf32x3")
-
-
-class Geometry(NamedTuple):
-    """A convolution as `geometry` describes it, in pairs (down, right); a compile-time constant of the kernels.
-
-    `taps`: of the window. `apart`: how many taps lie from one to the next that reaches the same input pixel.
-    """
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    taps: int
-    apart: tuple[int, int]
-
-    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the output for an input of `size`.
-
-        Raises:
-            ValueError: the window is larger than the padded input.
-        """
-        reach = [pixels + 2 * pad for pixels, pad in zip(size, self.padding, strict=True)]
-        spans = [(kernel - 1) * apart + 1 for kernel, apart in zip(self.kernel, self.dilation, strict=True)]
-        if any(span > pixels for span, pixels in zip(spans, reach, strict=True)):
-            raise ValueError(f"a window of {tuple(spans)} does not fit into a padded input of {tuple(reach)}")
-        down, right = [(r - s) // by + 1 for r, s, by in zip(reach, spans, self.stride, strict=True)]
-        return down, right
-
-
-def geometry(kernel_size, stride=1, padding=0, dilation=1, groups: int = 1) -> Geometry:
-    """The `Geometry` of `torch.nn.Conv2d`'s arguments: ints, or pairs of them.
-
-    Raises:
-        ValueError: an argument that is neither, or too small.
-    """
-    given = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
-    pairs = {name: (value, value) if isinstance(value, int) else tuple(value) for name, value in given.items()}
-    for name, pair in pairs.items():
-        least = 0 if name == "padding" else 1
-        if len(pair) != 2 or not all(isinstance(value, int) and value >= least for value in pair):
-            raise ValueError(f"{name} must be an int or a pair of ints from {least} on, got {given[name]!r}")
-    if groups < 1:
-        raise ValueError(f"groups must be at least 1, got {groups}")
-    (high, wide), strides, _, dilations = pairs.values()
-    apart = tuple(by // math.gcd(by, dilated) for by, dilated in zip(strides, dilations, strict=True))
-    return Geometry(*pairs.values(), groups, high * wide, apart)
-
-
-def conv_rows(mask: Tensor) -> Tensor:
-    """A convolution's mask [Cout, Cin / groups, kh, kw] as masks [1, Cout * kh * kw, Cin / groups], channels last.
-
-    Its `Bitmap` has a row for each tap of each output channel, which begins at a word; packed values are in its order.
-    """
-    return mask.permute(0, 2, 3, 1).reshape(1, -1, mask.shape[1])
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -98,12 +39,11 @@ def check(
     first = next(iter(images.values()))
     if first.dtype not in DTYPES or any(image.dtype != first.dtype for image in images.values()):
         given = ", ".join(f"{name} {image.dtype}" for name, image in images.items())
-        raise ValueError(f"images must have one dtype of {', '.join(str(d)[6:] for d in DTYPES)}, got {given}")
+        raise ValueError(f"images must have one dtype of {NAMES}, got {given}")
     if any(image.device != bitmap.words.device for image in images.values()):
         given = ", ".join(f"{name} on {image.device}" for name, image in images.items())
         raise ValueError(f"images must be on the device of the masks, {bitmap.words.device}, got {given}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)
     return wanted
 
 

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 from kernel_oracle import DEVICE, random
+from lth_sparse.kernels.geometry import Geometry, conv_rows, geometry
 from lth_sparse.kernels.pattern import Bitmap, bitmap
-from lth_sparse.kernels.windows import Geometry, conv_rows, geometry
 from torch import Tensor
 from torch.nn.functional import conv2d
 

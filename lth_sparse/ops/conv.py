@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels.geometry import geometry
 from ..kernels.pattern import Bitmap, bitmap
 from .strategy import Strategy, kernels, picklable, precision, unsigned
 
@@ -136,12 +137,8 @@ class Direct(Dense):
 
 
 def output_shape(x_shape: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """[B, Cout, OH, OW] of an input [B, Cin, H, W]."""
-    cout, *pairs, _ = sizes
-    kernel, stride, padding, dilation = pairs[0:2], pairs[2:4], pairs[4:6], pairs[6:8]
-    spans = [(size - 1) * apart + 1 for size, apart in zip(kernel, dilation, strict=True)]
-    edges = zip(x_shape[2:], spans, stride, padding, strict=True)
-    return x_shape[0], cout, *((pixels + 2 * pad - span) // step + 1 for pixels, span, step, pad in edges)
+    """[B, Cout, OH, OW] of an input [B, Cin, H, W]; ValueError if the window does not fit into it."""
+    return x_shape[0], sizes[0], *_geometry(sizes).output_size(x_shape[2:])
 
 
 def _geometry(sizes):
@@ -151,7 +148,7 @@ def _geometry(sizes):
 @cache
 def _window(*sizes):
     """Checked once for each kind of convolution, not in each of its three products."""
-    return kernels("windows").geometry(sizes[0:2], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8])
+    return geometry(sizes[0:2], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8])
 
 
 def _taps(pattern, sizes):

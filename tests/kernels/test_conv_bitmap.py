@@ -5,7 +5,7 @@ import torch
 from conv_oracle import MASKS, SHAPES, layer, within_tf32
 from kernel_oracle import close
 from lth_sparse.kernels.conv_bitmap import forward, input_gradient
-from lth_sparse.kernels.windows import geometry
+from lth_sparse.kernels.geometry import geometry
 
 
 def forward_of(case, bias=None, **options):

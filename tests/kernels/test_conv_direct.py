@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from kernel_oracle import DEVICE, close, random
 from lth_sparse.kernels import conv_direct
 from lth_sparse.kernels.conv_direct import forward, input_gradient
+from lth_sparse.kernels.geometry import geometry
 from lth_sparse.kernels.taps import taps
-from lth_sparse.kernels.windows import geometry
 from torch.nn.functional import conv2d
 
 MASKS = ["random", "skewed", "all", "one", "none", "empty channels"]

@@ -6,7 +6,7 @@ from conv_oracle import DEVICE, MASKS, SHAPES, layer, packed, within_tf32
 from kernel_oracle import close
 from lth_sparse.kernels import conv_weight_gradient as module
 from lth_sparse.kernels.conv_weight_gradient import weight_gradient
-from lth_sparse.kernels.windows import conv_rows, geometry
+from lth_sparse.kernels.geometry import conv_rows, geometry
 
 
 def run(case, **options):

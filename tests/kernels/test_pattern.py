@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lth_sparse.kernels.geometry import geometry
 from lth_sparse.kernels.groups import groups
 from lth_sparse.kernels.pattern import bitmap, pack_bits, unpack_bits
 from lth_sparse.kernels.taps import taps
-from lth_sparse.kernels.windows import geometry
 
 
 def test_first_weight_lies_in_the_lowest_bit():
