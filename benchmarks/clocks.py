@@ -26,7 +26,7 @@ def timed(closures: Closures, device: torch.device, allowance: float) -> Iterato
     They must have been called before. Takes about `allowance` seconds, or longer if seven turns do; of hopelessly
     slow closures there are three timings.
     """
-    probe = {name: min(_seconds(closure), _seconds(closure)) for name, closure in closures.items()}
+    probe = {name: min(seconds_of(closure), seconds_of(closure)) for name, closure in closures.items()}
     inner = min(20, 1 + int(SHORT / median(probe.values())))
     calls = 1 + inner + (7 if device.type == "cuda" else 0)
     usual = min(MOST, max(FEWEST, int(allowance / calls / sum(probe.values()))))
@@ -51,10 +51,11 @@ def _by_turns(closures, turns, seconds) -> Times:
 
 def _call_seconds(closure, inner):
     closure()
-    return _seconds(closure, inner)
+    return seconds_of(closure, inner)
 
 
-def _seconds(closure, inner=1):
+def seconds_of(closure: Callable[[], object], inner: int = 1) -> float:
+    """Mean of `inner` calls in a row, the device waited for before and after."""
     synchronize()
     begin = time.perf_counter()
     for _ in range(inner):

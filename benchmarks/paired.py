@@ -1,12 +1,11 @@
 """Timing closures against each other in one process: interleaved, so that a machine that drifts drifts for all."""
 
-import time
 from collections.abc import Callable, Sequence
 from math import comb
 from statistics import median
 from typing import NamedTuple
 
-import torch
+from .clocks import seconds_of
 
 
 class Ratio(NamedTuple):
@@ -28,8 +27,14 @@ def seconds(steps: Sequence[Callable[[], object]], rounds: int, warmup: int = 3,
     A timing is of `inner` steps in a row, after one that is not counted if they are several: more than one leaves in
     the caches what stays there in a training.
     """
-    rows = [[_seconds(step, inner) for step in steps] for _ in range(rounds + warmup)][warmup:]
-    return [list(column) for column in zip(*rows, strict=True)]
+    rows = []
+    for _ in range(rounds + warmup):
+        rows.append([])
+        for step in steps:
+            if inner > 1:
+                step()
+            rows[-1].append(seconds_of(step, inner))
+    return [list(column) for column in zip(*rows[warmup:], strict=True)]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -43,19 +48,3 @@ def interval(values: Sequence[float]) -> tuple[float, float | None, float | None
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     """How many times faster ours is, pair by pair."""
     return Ratio(*interval([a / b for a, b in zip(theirs, ours, strict=True)]), len(ours))
-
-
-def _seconds(step, inner):
-    if inner > 1:
-        step()
-    _synchronize()
-    begin = time.perf_counter()
-    for _ in range(inner):
-        step()
-    _synchronize()
-    return (time.perf_counter() - begin) / inner
-
-
-def _synchronize():
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()

@@ -123,7 +123,8 @@ def _row(arm, round, group) -> dict:
 
 def _winner(found) -> dict | None:
     """The sparsest ticket of trial 0 that is at least as accurate on validation as the dense network, at early stop."""
-    tickets = {r["round"]: r for r in found if r["arm"] == "ticket" and r["trial"] == 0}
+    trained = [r for r in found if r["arm"] == "ticket" and r["trial"] == 0 and r["status"] != "diverged"]
+    tickets = {r["round"]: r for r in trained}
     if 0 not in tickets:
         return None
     accuracy = {round: result["early_stop"]["validation_accuracy"] for round, result in tickets.items()}

@@ -94,6 +94,15 @@ def test_the_winner_is_the_sparsest_no_worse_than_dense_on_validation(run, valid
         assert found["dense"]["test_accuracy"] == 0.9
 
 
+def test_a_ticket_that_diverged_never_wins(run):
+    path = runs.round_folder(run, "ticket", 0, 1) / "result.json"
+    runs.write_json(path, runs.read_json(path) | {"status": "diverged"})
+    assert report.summarize(run)["winning_ticket"]["round"] == 0
+    path = runs.round_folder(run, "ticket", 0, 0) / "result.json"
+    runs.write_json(path, runs.read_json(path) | {"status": "diverged"})
+    assert report.summarize(run)["winning_ticket"] is None
+
+
 def test_curves(run):
     curves = report.curves(run)
     assert {arm: list(rounds) for arm, rounds in curves.items()} == {
