@@ -20,11 +20,13 @@ def test_steps_in_a_row_are_averaged_after_one_that_is_not_counted():
 def test_the_interval_is_that_of_order_statistics():
     theirs = [float(i) for i in range(1, 102)]
     found = ratio(theirs, [1.0] * 101)
-    assert found == Ratio(51.0, 42.0, 60.0, 101)
-    assert str(found) == "51.00 (42.00 to 60.00)"
+    assert found == Ratio(51.0, 41.0, 61.0, 101)  # 2 P(Binomial(101, 1/2) <= 40) = 0.047
+    assert str(found) == "51.00 (41.00 to 61.00)"
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_few_pairs_have_an_interval_inside_their_range(n):
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+def test_few_pairs_have_no_interval(n):
     found = ratio([float(i + 1) for i in range(n)], [1.0] * n)
-    assert 1 <= found.low <= found.median <= found.high <= n
+    assert found.median == (n + 1) / 2
+    assert (found.low, found.high) == ((None, None) if n < 6 else (1.0, 6.0))
+    assert str(found) == (f"{found.median:.2f} (n = {n})" if n < 6 else "3.50 (1.00 to 6.00)")

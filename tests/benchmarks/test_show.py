@@ -13,7 +13,7 @@ from lth_sparse.benchmarks.providers import CHOSEN, PRUNE
 from lth_sparse.benchmarks.records import Record, write
 from rich.console import Console
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HERE = {"precision": "fp32", "clock": CALL, "device": "A Chip, 2 threads", "versions": "torch 2.15", "commit": "abc"}
 SPEEDS = {0.512: 0.9, 0.21: 0.8, 0.107: 1.25, 0.055: 2.0}
 
