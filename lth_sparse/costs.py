@@ -33,7 +33,7 @@ class Machine(NamedTuple):
 def step_cost(layer: Layer, strategy: str) -> Cost:
     """The `Cost` of a layer at its input shape; "masked" and "fused" are the dense layer with its bool mask.
 
-    (A masked Linear of up to 2**20 weights keeps 4 bytes more of each on the CPU.)
+    (On the CPU a masked Linear keeps its mask in the width of the weights too, which is not counted.)
 
     Resident are values, gradient and two moments, the shadow and where values lie in it, all index structures, and the
     bits of the mask.

@@ -110,12 +110,10 @@ def step(weight, mask, x, dy):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 10**6, "fused"])
-def test_masked_linear_by_blocks(monkeypatch, dtype, rows):
-    fused = rows == "fused"
+@pytest.mark.parametrize("fused", [False, True])
+def test_masked_linear(dtype, fused):
     if fused and dtype != torch.float32:
         pytest.skip("the kernel has no float64, and the interpreter multiplies bfloat16 wrongly")
-    monkeypatch.setattr(ops.masked, "_BLOCK", 8 if fused else 8 * rows)
     weight, mask = seeded(5, 8, dtype=dtype), half(5, 8)
     x, dy, bias = seeded(2, 3, 8, dtype=dtype), seeded(2, 3, 5, dtype=dtype), seeded(5, dtype=dtype)
     found = []
