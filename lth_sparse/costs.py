@@ -38,7 +38,7 @@ def step_cost(layer: Layer, strategy: str) -> Cost:
     Resident are values, gradient and two moments, the shadow and where values lie in it, all index structures, and the
     bits of the mask.
     """
-    kind, masks, sizes, dtype, shape = layer
+    kind, masks, sizes, dtype, shape, _ = layer
     size, total, nnz = dtype.itemsize, masks.numel(), int(masks.sum())
     outputs = shape[0] * sizes[0] if kind == "linear" else math.prod(ops.output_shape(shape, sizes))
     images, positions = size * (math.prod(shape) + outputs), outputs // sizes[0]

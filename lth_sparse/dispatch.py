@@ -38,13 +38,17 @@ class Choice(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a layer's speed depends on: see `ops.packed` for kind, masks and sizes; `shape` is that of its input."""
+    """What a layer's speed depends on: see `ops.packed` for kind, masks and sizes.
+
+    `shape` is that of its input, which gets a gradient if `differentiated`.
+    """
 
     kind: str
     masks: Tensor
     sizes: tuple[int, ...]
     dtype: torch.dtype
     shape: tuple[int, ...] | None = None
+    differentiated: bool = True
 
     @property
     def density(self) -> float:
@@ -62,7 +66,8 @@ class Layer(NamedTuple):
         density = self.density
         octave = round(4 * math.log2(density)) / 4 if density > 0 else -math.inf
         sizes = "x".join(map(str, (batch, *self.shape[1:]))) + " " + "x".join(map(str, self.sizes))
-        return f"{self.kind} {sizes} 2^{octave:.2f} alive {self.alive:.1f} {str(self.dtype)[6:]}"
+        first = "" if self.differentiated else " first"
+        return f"{self.kind} {sizes} 2^{octave:.2f} alive {self.alive:.1f} {str(self.dtype)[6:]}{first}"
 
 
 def runnable(device: torch.device, dtype: torch.dtype, kind: str = "linear") -> tuple[str, ...]:
@@ -128,7 +133,7 @@ def shortlist(layer: Layer) -> list[str]:
 def measured_gains(layer: Layer, names: list[str], repeats: int = 7) -> dict[str, float]:
     """Median over interleaved rounds of the time of a masked step over that of each packed one, on random data.
 
-    A step is forward, all three gradients, fused Adam, and the refresh of the shadow where there is one.
+    A step is forward, all gradients, fused Adam, and the refresh of the shadow where there is one.
     """
     steps = [_step(layer, name) for name in ("masked", *names)]
     times = [[_seconds(step, layer.masks.device) for step in steps] for _ in range(repeats + 2)][2:]
@@ -144,9 +149,9 @@ def _surely_pays(layer):
 
 
 def _step(layer, name) -> Callable[[], None]:
-    kind, masks, sizes, dtype, shape = layer
+    kind, masks, sizes, dtype, shape, differentiated = layer
     generator, device = torch.Generator().manual_seed(0), masks.device
-    x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(differentiated)
     weights = torch.randn(masks.shape, generator=generator).to(device, dtype) * masks
     bias = torch.zeros(sizes[0], device=device, dtype=dtype, requires_grad=True)
     if name in MASKED:

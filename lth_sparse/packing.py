@@ -42,9 +42,9 @@ def pack_(model: nn.Module, sample=None, strategies: Mapping[str, str] | None = 
 
 def choose_strategies(model: nn.Module, sample=None, forced: str = "auto") -> dict[str, Choice]:
     """What `pack_(model, sample)` would use for each layer that can be packed, by its name; `forced`: see `choose`."""
-    shapes = _input_shapes(model, sample) if sample is not None else {}
+    inputs = _inputs(model, sample) if sample is not None else {}
     return {
-        name: choose(_seen(layer, shapes.get(layer)), layer in shapes, forced)
+        name: choose(_seen(layer, *inputs.get(layer, ())), layer in inputs, forced)
         for name, layer in _packable(model).items()
     }
 
@@ -55,10 +55,12 @@ def _packable(model) -> dict[str, MaskedLayer]:
     return {n: layer for n, layer in model.named_modules() if type(layer) in PACKED_CLASSES and id(layer) not in tied}
 
 
-def _seen(layer, shape) -> Layer:
-    """A masked layer as `dispatch` knows it, with the shape of its input."""
+def _seen(layer, shape=None, differentiated=True) -> Layer:
+    """A masked layer as `dispatch` knows it, with the shape of its input and whether that gets a gradient."""
     packed = PACKED_CLASSES[type(layer)]
-    return Layer(packed.kind, packed.to_rows(layer.weight_mask), packed.sizes(layer), layer.weight.dtype, shape)
+    return Layer(
+        packed.kind, packed.to_rows(layer.weight_mask), packed.sizes(layer), layer.weight.dtype, shape, differentiated
+    )
 
 
 def _given(layer, strategy) -> Choice:
@@ -82,14 +84,15 @@ def unpack_(model: nn.Module) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def _input_shapes(model, sample) -> dict[nn.Module, tuple[int, ...]]:
-    """The shapes that the products of the layers which can be packed get when `model` is given `sample`."""
-    shapes: dict[nn.Module, tuple[int, ...]] = {}
+@torch.enable_grad()
+def _inputs(model, sample) -> dict[nn.Module, tuple[tuple[int, ...], bool]]:
+    """The shapes that the products of the layers which can be packed get when `model` is given `sample`, and whether
+    these inputs get a gradient: that of a first layer does not."""
+    found: dict[nn.Module, tuple[tuple[int, ...], bool]] = {}
     layers = [layer for layer in masked_layers(model) if type(layer) in PACKED_CLASSES]
 
     def note(layer, inputs):
-        shapes[layer] = product_shape(layer, *inputs)
+        found[layer] = product_shape(layer, *inputs), inputs[0].requires_grad
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     modes = {module: module.training for module in model.modules()}
@@ -100,4 +103,4 @@ def _input_shapes(model, sample) -> dict[nn.Module, tuple[int, ...]]:
             module.training = mode
         for hook in hooks:
             hook.remove()
-    return shapes
+    return found

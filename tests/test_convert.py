@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import lth_sparse as lth
+from lth_sparse.dispatch import Choice
 from lth_sparse.masks import masked_weights
 from lth_sparse.nn import MaskedLayer
 
@@ -304,3 +305,13 @@ def test_a_lazy_layer_is_masked_once_it_has_run():
         lth.sparsify_(model)
     model(torch.ones(1, 2))
     assert masked_names(lth.sparsify_(model)) == {"0"}
+
+
+def test_a_first_layer_is_measured_without_an_input_gradient(monkeypatch):
+    model = lth.prune_(lth.sparsify_(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))), 0.9)
+    seen = []
+    monkeypatch.setattr("lth_sparse.packing.choose", lambda layer, *rest: seen.append(layer) or Choice("masked"))
+    with torch.no_grad():
+        lth.pack_(model, torch.rand(7, 40))
+    assert [(layer.shape, layer.differentiated) for layer in seen] == [((7, 40), False), ((7, 30), True)]
+    assert seen[0].key() != seen[0]._replace(differentiated=True).key()

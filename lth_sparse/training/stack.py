@@ -164,10 +164,10 @@ def strategies(models: Sequence[nn.Module], recipe: Recipe) -> dict[str, str]:
     """
     columns = {name: torch.stack([perceptron(m)[name].weight_mask for m in models]) for name in perceptron(models[0])}
     chosen = {}
-    for name, masks in columns.items():
+    for depth, (name, masks) in enumerate(columns.items()):
         kept = masks.flatten(1).sum(1)
         shape = recipe.batch_size, masks.shape[2]
-        layer = Layer("linear", masks[:1], (masks.shape[1],), torch.float32, shape)
+        layer = Layer("linear", masks[:1], (masks.shape[1],), torch.float32, shape, depth > 0)
         packs = bool((kept == kept[0]).all())
         choice = choose(layer, True, recipe.strategy).strategy if packs else "masked"
         alone = choice == "shrink" and len(models) > 1
