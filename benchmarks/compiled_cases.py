@@ -42,6 +42,7 @@ def cases() -> Iterator[Case]:
     yield from _optimizers()
     yield from _conv_direct()
     yield from _conv_tiles()
+    yield from _ticket_trainer()
 
 
 def _bitmap(tickets, n, k):
@@ -223,3 +224,19 @@ def _label(dtype, precision=""):
 
 def _kernels(module):
     return importlib.import_module(f"lth_sparse.kernels.{module}")
+
+
+def _ticket_trainer(tickets=132, steps=25):
+    """LeNet-300-100 with 13,300 weights kept."""
+    module, groups = _kernels("ticket_trainer"), _kernels("groups").Groups
+    layers = []
+    for rows, columns, nnz in ((300, 784, 11_733), (100, 300, 1_467), (10, 100, 100)):
+        sizes = rows + 1, columns + 1, nnz, rows, columns
+        starts, column_starts, order, long, long_columns = (meta(tickets, n, dtype=torch.int32) for n in sizes)
+        index = meta(tickets, nnz, dtype=torch.uint16)
+        lists = groups(starts, index, long, column_starts, index, long_columns, order)
+        layers.append(module.Layer(*(meta(tickets, n) for n in (nnz, nnz, nnz, rows, rows, rows)), lists))
+    images, labels = meta(55_000, 784, dtype=torch.uint8), meta(55_000, dtype=torch.int64)
+    indices = meta(steps, tickets, 60, dtype=torch.int64)
+    launch = partial(module.train, images, labels, indices, 1 / 255, 0.0, layers, 100, meta(steps), meta(tickets))
+    yield Case("ticket_trainer lenet-300-100", launch, "_train_kernel", ("ROWS", "BATCH"), wide="")

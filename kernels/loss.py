@@ -15,7 +15,7 @@ BLOCK = 4096  # logits of a step, 16 a thread: with twice as many of either, som
 
 
 @triton.jit
-def _losses(row, highest, label, column):
+def losses(row, highest, label, column):
     """-log softmax(row)[label] of each row of a tile, and the exponentials and their sum that make the softmax."""
     exponentials = tl.exp(row - highest[:, None])
     total = tl.sum(exponentials, 1)
@@ -36,7 +36,7 @@ def _cross_entropy_kernel(
         label = tl.load(labels + tl.load(indices + sample))
         at = sample[:, None] * classes + column
         row = tl.load(logits + at, mask=column < classes, other=-float("inf")).to(tl.float32)
-        loss, exponentials, total = _losses(row, tl.max(row, 1), label, column)
+        loss, exponentials, total = losses(row, tl.max(row, 1), label, column)
         summed += tl.where(b < batch, loss, 0.0)
         slope = (exponentials / total[:, None] - (column == label[:, None]).to(tl.float32)) / batch
         inside = (b < batch)[:, None] & (column < classes)
@@ -56,7 +56,7 @@ def _tally_kernel(logits, labels, sums, batch, classes, ROWS: tl.constexpr, CLAS
         at = (first + sample)[:, None] * classes + column
         row = tl.load(logits + at, mask=column < classes, other=-float("inf")).to(tl.float32)
         highest, best = tl.max(row, 1, return_indices=True)  # the first of equals
-        loss, _, _ = _losses(row, highest, label, column)
+        loss, _, _ = losses(row, highest, label, column)
         summed += tl.where(b < batch, loss, 0.0)
         correct += ((b < batch) & (best == label)).to(tl.int32)
     sums += ticket * 2

@@ -50,7 +50,7 @@ def _store_value(row, begin, left, value, WHOLE: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _one_less_power(log_beta, step):
+def one_less_power(log_beta, step):
     """1 - beta**step: by its series near 0, where float32 would keep only 14 bits of 1 - 0.999."""
     x = log_beta * step
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
@@ -89,8 +89,8 @@ def _adam_kernel(
     begun = tl.atomic_add(cells, 1) + 1
     if LR_POINTER:
         lr = tl.load(lr).to(tl.float32)
-    step_size = tl.div_rn(lr, _one_less_power(log_beta1, step))
-    root = tl.sqrt_rn(_one_less_power(log_beta2, step))
+    step_size = tl.div_rn(lr, one_less_power(log_beta1, step))
+    root = tl.sqrt_rn(one_less_power(log_beta2, step))
     if whole:
         _adam_block(row, begin, left, lr, beta1, beta2, step_size, root, eps, weight_decay, DECOUPLED, True, BLOCK)
     else:
