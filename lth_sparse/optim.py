@@ -114,6 +114,8 @@ class _OneLaunch:
         if columns is None or len(columns[0]) != len(group["params"]):
             return False
         parameters, _, *rest = columns
+        if self._kernel(group) is None or bool(group.get("momentum", rest)) != bool(rest):
+            return False  # options that the columns were not made for
         gradients = [parameter.grad for parameter in parameters]
         for parameter, gradient, given, state in zip(parameters, gradients, group["params"], states, strict=True):
             same = parameter is given and self.state.get(given) is state and gradient is not None

@@ -333,3 +333,26 @@ def test_a_graph_of_the_whole_step_follows_the_learning_rate(ours, torchs, optio
             step()
         runs.append(torch.cat([parameter.detach().flatten() for parameter in params]))
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize(
+    "ours, torchs, options, change",
+    [
+        (Adam, optim.Adam, {}, {"maximize": True}),
+        (Adam, optim.Adam, {}, {"lr": 0.5, "eps": 0.1, "weight_decay": 0.2}),
+        (SGD, optim.SGD, {"momentum": 0.9}, {"maximize": True}),
+        (SGD, optim.SGD, {}, {"momentum": 0.9}),
+    ],
+)
+def test_options_may_change_between_steps(ours, torchs, options, change):
+    sides = [
+        (kind(given, 0.1, fused=True, **options), given)
+        for kind, given in zip((ours, torchs), (parameters(), parameters()), strict=True)
+    ]
+    for optimizer, given in sides:
+        train(optimizer, 3)
+        for group in optimizer.param_groups:
+            group.update(change)
+        train(optimizer, 3, first=3)
+    for mine, theirs in zip(sides[0][1], sides[1][1], strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -26,11 +26,14 @@ class Steps:
         if self.captured is True and self.warm and len(rates) == STEPS:
             self._replay(indices, moves, rates)
             return
+        self._step_by_step(indices, moves, rates)
+        self.warm = True
+
+    def _step_by_step(self, indices, moves, rates):
         for at, rate in enumerate(rates):
             for group in self.learner.optimizer.param_groups:
                 group["lr"] = rate
             self.learner.step(indices[at], None if moves is None else moves[at])
-        self.warm = True
 
     def _replay(self, indices, moves, rates):
         rates = torch.tensor(rates, dtype=torch.float32).to(indices.device)
@@ -53,7 +56,4 @@ class Steps:
         indices, moves, rates = self.given
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            for at in range(STEPS):
-                for group in self.learner.optimizer.param_groups:
-                    group["lr"] = rates[at]
-                self.learner.step(indices[at], None if moves is None else moves[at])
+            self._step_by_step(indices, moves, rates.unbind())

@@ -83,7 +83,8 @@ class Group:
         return torch.stack(drawn).to(self.recipe.device)
 
     def _evaluate(self, on_metrics):
-        since = next((r.history[-1]["iteration"] for r in self.results if r.history), self.tickets[0].start)
+        evaluated = [result.history[-1]["iteration"] for result in self.results if result.history]
+        since = max(evaluated, default=self.tickets[0].start)  # those of tickets that diverged lag behind
         train_loss = (self.learner.loss / (self.iteration - since)).tolist()
         self.learner.loss.zero_()
         found = [self.learner.evaluate(split).tolist() for split in (self.data.validation, self.data.test)]

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-
 from .. import runs
 from ..data import Data
 from ..packing import choose_strategies
@@ -58,8 +56,7 @@ def _plan(tickets, data, recipe) -> Plan:
     if kind is Stack:
         chosen = stack.strategies(models, recipe)
     else:
-        with torch.no_grad():
-            sample = data.inputs(data.train.images[: recipe.batch_size])
+        sample = data.inputs(data.train.images[: recipe.batch_size])
         choices = choose_strategies(models[0], sample, recipe.strategy)
         chosen = {name: choice.strategy for name, choice in choices.items()}
     for folder in folders:
