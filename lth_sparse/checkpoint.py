@@ -3,8 +3,9 @@
 Layout, readable with safetensors alone. Each masked weight NAME (its `state_dict` key, as in "fc1.weight") has
 `NAME.values` [nnz], its kept values in row-major order, and `NAME.bits` uint8 [ceil(numel / 8)], its mask in
 row-major order with the first weight in the lowest bit. Everything else (biases, normalisation) is stored dense
-under its own key. The metadata entry `lth_sparse` is JSON with `format`, and `shapes` from NAME to the weight's
-shape. A file of masks alone has no values and no dense entries.
+under its own key; so are the values of pruned weights that are frozen, under `NAME_frozen`, zero on the mask. The
+metadata entry `lth_sparse` is JSON with `format`, and `shapes` from NAME to the weight's shape. A file of masks alone
+has no values and no dense entries.
 """
 
 import json
@@ -21,7 +22,7 @@ from . import ops
 from .actions import check_same_entries
 from .convert import mask_layer_, maskable, weight_names
 from .masks import masked_weights
-from .nn import MaskedLayer
+from .nn import MASKED_CLASSES, MaskedLayer
 
 FORMAT = "lth-ticket-1"
 
@@ -49,7 +50,8 @@ def save(model: nn.Module, path: str | os.PathLike, values: bool = True) -> None
 def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Give `model` the masks and values of the ticket at `path`; plain layers it names become masked. Returns it.
 
-    A file of masks alone leaves the kept values as they are. Layers that the ticket does not name keep everything.
+    A file of masks alone leaves the values as they are that it keeps, and those frozen that it does not. Layers that
+    the ticket does not name keep everything.
 
     Raises:
         ValueError: not a ticket, a damaged file, or a ticket of another model; the model is then unchanged.
@@ -57,12 +59,14 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """
     state, masks = read_ticket(path)
     current = _state(model)
+    frozen = {name + "_frozen" for name in masks | _masks(model)}
     wanted = current if state else {name: current[name] for name in masks if name in current}
-    check_same_entries(str(path), state or masks, wanted)
-    for layer in _layers_of(model, masks, path):
+    check_same_entries(str(path), _without(frozen, state or masks), _without(frozen, wanted))
+    for layer in _layers_of(model, masks, frozen & set(state), path):
         mask_layer_(layer)
     masks |= {name: torch.ones_like(mask) for name, mask in _masks(model).items() if name not in masks}
     given = {name + "_mask": mask for name, mask in masks.items()}
+    given |= {} if state else {name: current[name] for name in frozen & set(current)}
     model.load_state_dict((state or wanted) | given, strict=bool(state))
     return model
 
@@ -123,6 +127,8 @@ def read_ticket(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, T
             masks[name] = ops.unpack_bits(tensors.pop(name + ".bits"), tuple(shape))
             if name + ".values" in tensors:
                 tensors[name] = _scatter(name, masks[name], tensors.pop(name + ".values"))
+            if tensors.get(name + "_frozen", masks[name]).shape != masks[name].shape:
+                raise ValueError(f"{name} has frozen values of another shape")
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is a damaged ticket: {error}") from error
     return tensors, masks
@@ -135,14 +141,20 @@ def _scatter(name, mask, values):
     return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
 
 
-def _layers_of(model, masks, path):
-    """The layers that the masks are for; ValueError if one of them cannot be masked."""
+def _without(names, state):
+    return {name: tensor for name, tensor in state.items() if name not in names}
+
+
+def _layers_of(model, masks, frozen, path):
+    """The layers that the masks are for; ValueError if one of them cannot be masked, or its weights not frozen."""
     layers = maskable(model, {name.rpartition(".")[0] for name in masks})
     for name in masks:
         layer_name, _, weight = name.rpartition(".")
         layer = model.get_submodule(layer_name)
         if layer not in layers or weight not in weight_names(layer):
             raise ValueError(f"{path} has a mask for {name!r}, which cannot be masked in a {type(layer).__name__} here")
+        if name + "_frozen" in frozen and not MASKED_CLASSES.get(type(layer), layer).freezes:
+            raise ValueError(f"{path} has frozen weights for {name!r}, but attention cannot have any")
     return layers
 
 

@@ -61,9 +61,13 @@ def mask_layer_(layer: nn.Module) -> None:
 
 
 def densify_(model: nn.Module) -> nn.Module:
-    """Turn masked layers into plain torch layers again, with zeros in place of pruned weights; return the model."""
+    """Turn masked layers into plain torch layers again; pruned weights are zero, or as they are frozen.
+
+    Returns the model, whose output is unchanged.
+    """
     for layer in masked_layers(unpack_(model)):
         layer.sync_()
+        _write_frozen_(layer)
         for name in layer.masked_names():
             delattr(layer, name + "_mask")
             disown(getattr(layer, name))
@@ -71,8 +75,15 @@ def densify_(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def _write_frozen_(layer):
+    if "weight_frozen" in layer._buffers:
+        layer.weight.add_(layer.weight_frozen)
+        del layer.weight_frozen
+
+
 def density(model: nn.Module) -> float:
-    """Kept / all weights of the masked layers, biases excluded: the paper's Pm as a fraction."""
+    """Kept / all weights of the masked layers, biases excluded: the paper's Pm as a fraction. Frozen are not kept."""
     masks = [weight.mask for weight in masked_weights(model)]
     return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
@@ -131,6 +142,8 @@ def _masked_row(name, layer):
     state = "packed" if isinstance(layer, PackedLayer) else "masked"
     gains = ", ".join(f"{name} {gain:.2f}x" for name, gain in (choice.gains or {}).items())
     note = ("dense measured faster: " if choice.strategy == "masked" else "measured: ") + gains if gains else ""
+    frozen = layer._buffers.get("weight_frozen")
+    note = note if frozen is None else f"{int(frozen.count_nonzero()):,} pruned weights are frozen"
     counts = (tuple(mask.shape), int(mask.sum()), mask.numel())
     return LayerSummary(layer_name + dot + weight, *counts, state, choice.strategy, choice.gain, note)
 

@@ -2,6 +2,8 @@
 
 The stored weight is zero there, so forward and input gradient need no mask; only the weight gradient is masked.
 A layer is masked by class swap, so a `MaskedLinear` is an `nn.Linear` with the same parameters and names.
+Pruned weights may be frozen at other values than zero: these lie in a buffer `weight_frozen`, zero on the mask, which
+forward adds to the weight. A layer without such values has no such buffer.
 """
 
 import warnings
@@ -22,6 +24,7 @@ class MaskedLayer:
 
     dense_class: type[nn.Module]
     captured = False  # whether a CUDA graph was captured that may compute with the masks of now
+    freezes = True  # whether pruned weights can be frozen: not where torch reads them past any forward of ours
 
     def masked_names(self) -> list[str]:
         return ["weight"]
@@ -34,7 +37,23 @@ class MaskedLayer:
             if weight.grad is not None:
                 weight.grad.masked_fill_(~mask, 0)
             mark_pruned(weight)
+        self._sync_frozen()
         return self
+
+    def freeze_(self, values: Tensor | None) -> None:
+        """Hold the pruned weights at those of `values`, shaped like the weight, from now on; at zero with None."""
+        self._buffers.pop("weight_frozen", None)
+        if values is not None:
+            with torch.inference_mode(False):  # as with masks
+                self.register_buffer("weight_frozen", values.detach().to(self.weight, copy=True))
+            self._sync_frozen()
+
+    def _sync_frozen(self):
+        frozen = self._buffers.get("weight_frozen")
+        if frozen is not None:
+            frozen.masked_fill_(self.weight_mask, 0)
+            if not frozen.any():
+                del self.weight_frozen
 
     def note_capture(self, tensor: Tensor) -> None:
         """Remember that a CUDA graph holds a forward of this layer, if one is being captured."""
@@ -45,17 +64,19 @@ class MaskedLayer:
         """ValueError if a captured graph would go on computing with masks that `verb` is to change."""
         if self.captured:
             raise ValueError(
-                f"{verb} would change the masks of a layer under a captured CUDA graph, whose replays keep the old "
-                "ones: discard the graph, call lth_sparse.sync_(model), and capture again afterwards"
+                f"{verb} would change masks or frozen weights of a layer under a captured CUDA graph, whose replays "
+                "keep the old ones: discard the graph, call lth_sparse.sync_(model), and capture again afterwards"
             )
 
     def masked_weight(self) -> Tensor:
-        """The weight, with a gradient that is zero off the mask."""
+        """The weight and what is frozen, with a gradient that is zero off the mask."""
         self.note_capture(self.weight)
-        if not is_ours(self.weight):
-            return torch.where(self.weight_mask, self.weight, 0)
-        self._sync_if_written()
-        return ops.mask_gradient(self.weight, self.weight_mask)
+        if is_ours(self.weight):
+            self._sync_if_written()
+            weight = ops.mask_gradient(self.weight, self.weight_mask)
+        else:
+            weight = torch.where(self.weight_mask, self.weight, 0)
+        return weight + self.weight_frozen if "weight_frozen" in self._buffers else weight
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)  # assigning a Parameter to the layer ends here
@@ -83,7 +104,10 @@ class MaskedLayer:
             mask = getattr(self, name + "_mask")
             if not torch.equal(state_dict.get(prefix + name + "_mask", mask).to(mask), mask):
                 self.refuse_captured("load_state_dict")
+        self._make_room_for_frozen(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if prefix + "weight_frozen" in missing:
+            missing.remove(prefix + "weight_frozen")
         for name in names:
             key = prefix + name + "_mask"
             if key in missing:
@@ -97,6 +121,16 @@ class MaskedLayer:
                 )
         self.sync_()
 
+    def _make_room_for_frozen(self, state_dict, prefix):
+        """Have a buffer for the frozen weights of a state with some, and none for a state that has masks without."""
+        has, given = "weight_frozen" in self._buffers, prefix + "weight_frozen" in state_dict
+        if self.freezes and given and not has:
+            self.refuse_captured("load_state_dict")
+            self.register_buffer("weight_frozen", torch.zeros_like(self.weight))
+        elif has and not given and prefix + "weight_mask" in state_dict:
+            self.refuse_captured("load_state_dict")
+            del self.weight_frozen
+
 
 class MaskedLinear(MaskedLayer, nn.Linear):
     """`nn.Linear` with weight [out, in] zero off `weight_mask`.
@@ -109,7 +143,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, mask = self._parameters["weight"], self._buffers["weight_mask"]  # as attributes: 30 us a step
-        if not is_ours(weight) or torch.compiler.is_compiling():
+        if "weight_frozen" in self._buffers or not is_ours(weight) or torch.compiler.is_compiling():
             return F.linear(input, self.masked_weight(), self.bias)
         self.note_capture(weight)
         if not is_clean(weight):
@@ -121,6 +155,7 @@ class MaskedOutProjection(MaskedLinear, NonDynamicallyQuantizableLinear):
     """The `out_proj` of `nn.MultiheadAttention`, which torch keeps from dynamic quantization by its type."""
 
     dense_class = NonDynamicallyQuantizableLinear
+    freezes = False
 
 
 class _MaskedConv(MaskedLayer):
@@ -182,6 +217,7 @@ class MaskedMultiheadAttention(MaskedLayer, nn.MultiheadAttention):
     """
 
     dense_class = nn.MultiheadAttention
+    freezes = False
 
     def masked_names(self) -> list[str]:
         if self._qkv_same_embed_dim:

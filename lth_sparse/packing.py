@@ -23,10 +23,12 @@ def pack_(model: nn.Module, sample=None, strategies: Mapping[str, str] | None = 
         strategies: what to use instead of choosing, by layer name; layers not named stay masked.
 
     Raises:
-        ValueError: no masked layer, one in a captured CUDA graph, a strategy that is unknown or cannot run here.
+        ValueError: no masked layer, one in a captured CUDA graph, a strategy that is unknown or cannot run here,
+            pruned weights that are frozen.
     """
     for layer in masked_layers(model):
         layer.refuse_captured("pack_")
+        _refuse_frozen(layer)
     if strategies is None:
         choices = choose_strategies(model, sample)
     else:
@@ -38,6 +40,14 @@ def pack_(model: nn.Module, sample=None, strategies: Mapping[str, str] | None = 
             layer.__class__ = PACKED_CLASSES[type(layer)]
             layer.pack_(choice.strategy)
     return model
+
+
+def _refuse_frozen(layer):
+    if "weight_frozen" in layer._buffers:
+        raise ValueError(
+            f"pack_ leaves out pruned weights, but a {type(layer).__name__} of shape {tuple(layer.weight.shape)} has "
+            "frozen ones: train it masked, or call lth_sparse.freeze_(model, None) first"
+        )
 
 
 def choose_strategies(model: nn.Module, sample=None, forced: str = "auto") -> dict[str, Choice]:

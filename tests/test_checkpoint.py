@@ -11,7 +11,7 @@ from torch import nn
 
 import lth_sparse as lth
 from lth_sparse.checkpoint import read_tensors, write_tensors
-from lth_sparse.masks import masked_weights
+from lth_sparse.masks import freeze_, get_masks, masked_weights
 
 
 def network(seed=0):
@@ -97,6 +97,48 @@ def test_readable_with_safetensors_alone(tmp_path):
         for i in range(torch.Size(shape).numel()):
             flat.append(next(values) if bits[i // 8] >> i % 8 & 1 else 0.0)
         assert flat == model.get_parameter(name).flatten().tolist() and next(values, None) is None
+
+
+def frozen(model, value=2.0):
+    return freeze_(model, {name: torch.full(mask.shape, value) for name, mask in get_masks(model).items()})
+
+
+@pytest.mark.parametrize("start", ["dense", "masked", "frozen otherwise"])
+def test_frozen_weights_are_saved_and_loaded(start, tmp_path):
+    model, twin = frozen(ticket()), network(1)
+    lth.save(model, tmp_path / "t")
+    with safe_open(tmp_path / "t", "pt") as file:
+        assert torch.equal(file.get_tensor("3.weight_frozen"), 2.0 * ~model[3].weight_mask)
+    if start != "dense":
+        lth.prune_(lth.sparsify_(twin, exclude="4"), 0.3)
+    if start == "frozen otherwise":
+        frozen(twin, 5.0)
+    assert_same(lth.load_(twin, tmp_path / "t"), model)
+    lth.save(ticket(), tmp_path / "t")
+    assert_same(lth.load_(twin, tmp_path / "t"), ticket())  # which has nothing frozen
+
+
+def test_masks_alone_leave_what_is_frozen_where_they_prune(tmp_path):
+    lth.save(frozen(ticket()), tmp_path / "t", values=False)
+    lth.save(ticket(), tmp_path / "u", values=False)
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "u").read_bytes()
+    model = frozen(lth.prune_(lth.sparsify_(network(1), exclude="4"), 0.3))
+    before = model[3].weight_frozen.clone()
+    mask = lth.load_(model, tmp_path / "t")[3].weight_mask
+    assert torch.equal(model[3].weight_frozen, before * ~mask) and model[3].weight_frozen.any()
+
+
+def test_frozen_weights_of_another_model_are_refused_and_change_nothing(tmp_path):
+    attention = lth.sparsify_(nn.MultiheadAttention(4, 2))
+    lth.save(attention, tmp_path / "t")
+    for path in ("in_proj_weight", "out_proj.weight"):
+        tensors, metadata = read_tensors(tmp_path / "t")
+        write_tensors(tmp_path / "u", tensors | {path + "_frozen": torch.ones(metadata["shapes"][path])}, metadata)
+        for model in (nn.MultiheadAttention(4, 2), lth.sparsify_(nn.MultiheadAttention(4, 2))):
+            before = copy.deepcopy(model)
+            with pytest.raises(ValueError, match=f"has frozen weights for '{path}', but attention cannot have any$"):
+                lth.load_(model, tmp_path / "u")
+            assert_same(model, before)
 
 
 def test_masks_alone_leave_the_kept_values(tmp_path):
@@ -217,6 +259,8 @@ def test_every_truncation_and_every_flipped_bit_of_the_header_is_refused(tmp_pat
         lambda t, m: t.update({"3.weight.bits": torch.ones(8)}),
         lambda t, m: t.update({"3.weight.bits": torch.ones(3, dtype=torch.uint8)}),
         lambda t, m: t["3.weight.bits"].bitwise_xor_(1),
+        lambda t, m: t.update({"3.weight_frozen": torch.ones(3)}),
+        lambda t, m: t.update({"4.weight_frozen": torch.ones(3, 5)}),
         lambda t, m: m["shapes"].update({"3.weight": [12, 5]}),
         lambda t, m: m["shapes"].update({"3.weight": "ab"}),
         lambda t, m: m["shapes"].update({"3.weight": None}),

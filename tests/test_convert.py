@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 import lth_sparse as lth
 from lth_sparse.dispatch import Choice
-from lth_sparse.masks import masked_weights
+from lth_sparse.masks import freeze_, get_masks, masked_weights
 from lth_sparse.nn import MaskedLayer
 
 
@@ -83,6 +83,25 @@ def test_densify_drops_what_was_written_off_the_mask():
     mask = model["head"].weight_mask.clone()
     nn.init.ones_(model["head"].weight)
     assert torch.equal(lth.densify_(model)["head"].weight.detach(), mask.float())
+
+
+def frozen(model):
+    """`model` with all that is pruned frozen at 2."""
+    return freeze_(model, {name: torch.full(mask.shape, 2.0) for name, mask in get_masks(model).items()})
+
+
+def test_densify_writes_what_is_frozen_into_the_weights():
+    model = frozen(lth.prune_(lth.sparsify_(network()), 0.5))
+    want, mask = run(model), model["head"].weight_mask
+    lth.densify_(model)
+    assert torch.equal(run(model), want) and ((model["head"].weight == 2) == ~mask).all()
+    assert model.state_dict().keys() == network().state_dict().keys() and model["head"].weight.requires_grad
+
+
+def test_frozen_weights_are_not_counted_as_kept_but_noted():
+    model = frozen(lth.prune_(lth.sparsify_(network(), targets="head"), 0.25))
+    (row,) = [row for row in lth.summary(model) if row.state == "masked"]
+    assert (row.kept, row.total, row.note) == (6, 8, "2 pruned weights are frozen") and lth.density(model) == 0.75
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Masked layers: the result and the gradients of a dense layer with zeros in it, for every kind of layer."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from masked_models import assert_clean, images, network, pruned, train
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import lth_sparse as lth
+from lth_sparse.masks import freeze_, masked_weights
 from lth_sparse.nn import MASKED_CLASSES, MaskedLinear
 
 LAYERS = {
@@ -52,6 +55,62 @@ def test_output_and_gradients_are_those_of_the_dense_layer(kind, rate):
         got, want = (torch.autograd.grad(y, p, cotangent) for y, p in zip((ours, theirs), parameters, strict=True))
         assert torch.equal(got[1], want[1] * masked.weight_mask) and want[1][~masked.weight_mask].any() == bool(rate)
         assert all(torch.equal(a, b) for a, b in zip(got[::2], want[::2], strict=True))
+
+
+def frozen(model):
+    """`model` with everything that is pruned frozen at values of its own."""
+    generator = torch.Generator().manual_seed(2)
+    return freeze_(model, {w.name: torch.randn(w.mask.shape, generator=generator) for w in masked_weights(model)})
+
+
+@every_layer
+def test_frozen_weights_compute_as_dense_ones_without_gradient(kind):
+    layer, x = build(kind)
+    layer, x = frozen(pruned(layer.double())), x.detach().double().requires_grad_()
+    dense, mask = lth.densify_(copy.deepcopy(layer)), layer.weight_mask
+    assert torch.equal(dense.weight.detach(), torch.where(mask, layer.weight, layer.weight_frozen))
+    assert dense.weight.all() and layer.weight_frozen.dtype == torch.float64
+    ours, theirs = layer(x), dense(x)
+    assert torch.equal(ours, theirs)
+    cotangent = images(*ours.shape).double()
+    parameters = [[x, *module.parameters()] for module in (layer, dense)]
+    got, want = (torch.autograd.grad(y, p, cotangent) for y, p in zip((ours, theirs), parameters, strict=True))
+    assert torch.equal(got[1], want[1] * mask) and want[1][~mask].any()
+    assert all(torch.equal(a, b) for a, b in zip(got[::2], want[::2], strict=True))
+    before = layer.weight_frozen.clone()
+    train(layer, x.detach())
+    assert torch.equal(layer.weight_frozen, before) and layer.weight_frozen.grad is None
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_frozen_layers_are_moved_copied_written_and_called_as_functions(kind):
+    layer, x = build(kind)
+    layer, x = frozen(pruned(layer)), x.detach()
+    want = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).double().float()):
+        assert torch.equal(twin(x), want) and twin.weight_frozen is not layer.weight_frozen
+    assert torch.equal(functional_call(layer, {"weight": layer.weight.detach().clone()}, x), want)
+    doubled = functional_call(layer, {"weight_frozen": 2 * layer.weight_frozen}, x)
+    assert doubled.shape == want.shape and not torch.equal(doubled, want)
+    half = copy.deepcopy(layer).bfloat16()
+    assert half.weight_frozen.dtype == half(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        layer.weight[~layer.weight_mask] = 7  # is masked in the next forward, and what is frozen stays
+    assert torch.equal(layer(x), want)
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    assert torch.equal(layer(x), want)
+
+
+def test_frozen_layers_compile_to_one_graph_and_train():
+    torch._dynamo.reset()
+    layer, x = build("linear")
+    frozen(pruned(layer))
+    compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), x.detach()
+    assert torch.equal(compiled(x), layer(x))
+    train(compiled, x)
+    assert torch.equal(compiled(x), layer(x))
 
 
 @every_layer
@@ -154,6 +213,8 @@ def test_masked_classes_are_their_dense_classes():
         lambda model: lth.pack_(model),
         lambda model: lth.densify_(model),
         lambda model: model.load_state_dict({**model.state_dict(), "0.weight_mask": torch.zeros(3, 4)}),
+        lambda model: model.load_state_dict({**model.state_dict(), "0.weight_frozen": torch.zeros(3, 4)}),
+        lambda model: freeze_(model, {"0": torch.zeros(3, 4)}),
     ],
 )
 def test_masks_stay_as_they_are_under_a_captured_graph(monkeypatch, change):
@@ -161,7 +222,7 @@ def test_masks_stay_as_they_are_under_a_captured_graph(monkeypatch, change):
     monkeypatch.setattr(MaskedLinear, "note_capture", lambda layer, tensor: setattr(layer, "captured", True))
     model[0](torch.rand(2, 4))
     before = model.state_dict()
-    with pytest.raises(ValueError, match=r"masks of a layer under a captured CUDA graph.*sync_"):
+    with pytest.raises(ValueError, match=r"masks or frozen weights of a layer under a captured CUDA graph.*sync_"):
         change(model)
     assert model[0].weight_mask.all() and all(torch.equal(before[key], now) for key, now in model.state_dict().items())
     model.load_state_dict(before)  # the same masks

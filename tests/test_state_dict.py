@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lth_sparse as lth
-from lth_sparse.masks import masked_weights
+from lth_sparse.masks import freeze_, get_masks, masked_weights
 
 
 def network():
@@ -74,3 +74,44 @@ def test_masks_of_other_dtypes_load_as_bool():
     for assign in (False, True):
         target.load_state_dict(state, assign=assign)
         assert target["head"].weight_mask.dtype == torch.bool and lth.density(target) == lth.density(source)
+
+
+def frozen():
+    model = lth.prune_(lth.sparsify_(network()), 0.5)
+    return freeze_(model, {name: torch.full(mask.shape, 3.0) for name, mask in get_masks(model).items()})
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("before", ["none", "others"])
+def test_a_state_brings_its_frozen_weights(before, assign):
+    source, target = frozen(), lth.prune_(lth.sparsify_(network()), 0.8)
+    if before == "others":
+        freeze_(target, {name: torch.ones(mask.shape) for name, mask in get_masks(target).items()})
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    assert {"conv.weight_frozen", "head.weight_frozen"} < set(state)
+    state["head.weight_frozen"].fill_(3)  # zero on the mask whatever the state says
+    assert load_warnings(target, state, assign=assign) == []
+    assert torch.equal(run(target), run(source)) and target.state_dict().keys() == source.state_dict().keys()
+    assert torch.equal(target["head"].weight_frozen, 3.0 * ~source["head"].weight_mask)
+
+
+def test_a_state_with_masks_and_nothing_frozen_takes_what_is_frozen_away():
+    target, source = frozen(), lth.prune_(lth.sparsify_(network()), 0.5)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(run(target), run(source)) and not hasattr(target["head"], "weight_frozen")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_dense_state_leaves_what_is_frozen_as_it_leaves_the_masks(strict):
+    target, source = frozen(), frozen()
+    (message,) = load_warnings(target, lth.densify_(copy.deepcopy(source)).state_dict(), strict=strict)
+    assert message.startswith("the state dict brings no masks") and torch.equal(run(target), run(source))
+    target.load_state_dict({"head.bias": torch.ones(5)}, strict=False)
+    assert target["head"].bias.sum() == 5 and target["head"].weight_frozen.any()
+
+
+def test_a_frozen_state_is_not_for_attention_or_layers_without_masks():
+    for model in (network(), lth.sparsify_(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)}))):
+        name = "head.weight_frozen" if "head" in model else "attention.out_proj.weight_frozen"
+        with pytest.raises(RuntimeError, match=f'Unexpected key.*"{name}"'):
+            model.load_state_dict(model.state_dict() | {name: torch.ones(5, 4)})
