@@ -8,7 +8,7 @@ from torch import nn
 
 import lth_sparse as lth
 from lth_sparse.masks import masked_weights
-from lth_sparse.prune import lowest
+from lth_sparse.prune import lowest, rate_to_reach
 
 
 def chain(*widths, values=None):
@@ -157,9 +157,10 @@ def test_a_rate_out_of_range_is_refused(rate):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"scope": "model"}, "unknown scope 'model': choose from layer, global"),
+        ({"scope": "model"}, "unknown scope 'model': choose from layer, global, erk"),
         ({"rates": {"head": 0.1}}, "no layer matches 'head': the model has '0', '1'"),
         ({"scope": "global", "rates": {"1": 0.1}}, r"scope 'global' .* '1' may only be 0 \(kept whole\), got 0.1"),
+        ({"scope": "erk", "rates": {"1": 0.1}}, r"scope 'erk' .* '1' may only be 0 \(kept whole\), got 0.1"),
         ({"keep_at_least": -1}, "keep_at_least must be 0 or more, got -1"),
     ],
 )
@@ -184,3 +185,88 @@ def test_lowest_marks_exactly_count(values, data):
     out = lowest(value, among, count, seeded(0))
     assert out.sum() == count and not (out & ~among).any()
     assert sorted(value[out].tolist()) == sorted(value[among].tolist())[:count]
+
+
+def kept_after_erk(model, rate, **options):
+    return kept(lth.prune_(model, rate, scope="erk", **options))
+
+
+def test_erk_shares_in_proportion_to_the_sum_of_the_dimensions():
+    # 800, 400 and 200 weights, sums 60, 50 and 30
+    assert kept_after_erk(chain(20, 40, 10, 20), 0.9) == [60, 50, 30]  # 140 stay
+    assert kept_after_erk(chain(20, 40, 10, 20), 0.83) == [102, 85, 51]  # 238 stay
+
+
+def test_erk_counts_a_kernels_sides_too():
+    model = lth.sparsify_(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 13)))
+    # 288 and 416 weights, sums 8 + 4 + 3 + 3 = 18 and 45
+    assert kept_after_erk(model, 1 - 126 / 704) == [36, 90]
+
+
+def test_erk_gives_fractions_to_the_largest_remainders_and_ties_to_the_first():
+    # sums 6, 6, 6: 10 stay of 27, 3 1/3 each
+    assert kept_after_erk(chain(3, 3, 3, 3), 17 / 27) == [4, 3, 3]
+    # sums 5, 8: 6 stay of 21, 2.31 and 3.69
+    assert kept_after_erk(chain(2, 3, 5), 15 / 21) == [2, 4]
+
+
+def test_erk_keeps_small_layers_whole_and_the_others_share_the_excess():
+    # LeNet-300-100: sums 1084, 400, 110; 0.8 * 266200 = 212960 stay, of which fc2 and the output can take 31000
+    assert kept_after_erk(chain(784, 300, 100, 10), 0.2) == [181960, 30000, 1000]
+
+
+def test_erk_leaves_layers_below_their_share_what_they_have():
+    model = chain(20, 40, 10, 20)
+    lth.prune_(model, rates={"0": 0.99, "1": 0, "2": 0})
+    assert kept(model) == [8, 400, 200]
+    before = masks(model)
+    assert kept_after_erk(model, 0.5) == [8, 185, 111]  # 304 stay: 296 at 50 to 30
+    assert torch.equal(masks(model)["0"], before["0"])
+    assert all(not (after & ~before[name]).any() for name, after in masks(model).items())
+
+
+def test_erk_leaves_layers_at_rate_0_out_of_the_count():
+    assert kept_after_erk(chain(20, 40, 10, 20), 0.9, rates={"0": 0}) == [800, 38, 22]  # 60 of 600, at 50 to 30: 37.5
+    assert kept_after_erk(chain(4, 4, 4), 0.9, rates={"?": 0}) == [16, 16]
+
+
+def test_erk_keeps_at_least_that_many():
+    assert kept_after_erk(chain(20, 40, 10, 20), 0.95, keep_at_least=20) == [27, 23, 20]  # 70 stay: 50 at 60 to 50
+    assert kept_after_erk(chain(20, 40, 10, 20), 0.99, keep_at_least=20) == [20, 20, 20]
+
+
+@settings(max_examples=60)
+@given(
+    widths=st.lists(st.integers(1, 9), min_size=2, max_size=5),
+    before=st.lists(st.floats(0.01, 0.99), min_size=4, max_size=4),
+    rate=st.floats(0.01, 0.99),
+    least=st.integers(0, 5),
+)
+def test_erk_prunes_exactly_round_of_rate_times_kept_in_all(widths, before, rate, least):
+    model = chain(*widths)
+    lth.prune_(model, rates={str(i): own for i, own in zip(range(len(model)), before, strict=False)})
+    was, sizes = kept(model), [sum(layer.weight.shape) for layer in model]
+    now = kept_after_erk(model, rate, keep_at_least=least)
+    floors = [min(count, least) for count in was]
+    assert sum(now) == max(sum(was) - round(rate * sum(was)), sum(floors))
+    assert all(low <= count <= high for low, count, high in zip(floors, now, was, strict=True))
+    between = [(n, size) for n, size, low, high in zip(now, sizes, floors, was, strict=True) if low < n < high]
+    scales = [((n - 1) / size, (n + 1) / size) for n, size in between]  # of one scale, up to the rounding
+    assert not scales or max(low for low, _ in scales) < min(high for _, high in scales)
+
+
+def test_the_rate_to_reach_a_density_in_some_rounds():
+    assert rate_to_reach(0.25, 2) == 0.5 and rate_to_reach(0.25, 1) == 0.75
+    assert (1 - rate_to_reach(0.05, 7)) ** 7 == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("density", [0, 1, -0.5, 1.5, float("nan")])
+def test_a_density_out_of_range_is_refused(density):
+    with pytest.raises(ValueError, match=rf"^density must lie in \(0, 1\), got {density}$"):
+        rate_to_reach(density, 3)
+
+
+@pytest.mark.parametrize("rounds", [0, -2, 0.5])
+def test_rounds_out_of_range_are_refused(rounds):
+    with pytest.raises(ValueError, match=f"^rounds must be 1 or more, got {rounds}$"):
+        rate_to_reach(0.5, rounds)
