@@ -76,7 +76,9 @@ class Recipe:
     augmentation: str | None = _option(
         None, "of training images (crop-flip for resnet-18 and vgg-19 on cifar10)", choices=AUGMENTATIONS
     )
-    strategy: str = _option("auto", "how layers are computed; auto: as measured", choices=("auto", *dispatch.NAMES))
+    strategy: str = _option(
+        "auto", "how layers are computed; auto: as measured", choices=("auto", *dispatch.NAMES, "trainer")
+    )
     device: str = _option("auto", "cpu, cuda, or auto: cuda where there is one")
     threads: int = _option(0, "cores per ticket on the CPU; 0 shares them out")
     seed: int = _option(0, "everything random follows from it")

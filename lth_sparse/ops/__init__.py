@@ -1,6 +1,7 @@
 """Operators with a mask in them; the only package that imports the kernels."""
 
 from ..kernels.pattern import Bitmap, pack_bits, unpack_bits
+from . import trainer
 from .conv import conv_options, conv_sizes, output_shape, pads_first
 from .masked import Masked, apply_mask, mask_gradient, masked_linear
 from .nodes import cross_entropy, gather, tally
@@ -25,5 +26,6 @@ __all__ = [
     "pads_first",
     "refresh_",
     "tally",
+    "trainer",
     "unpack_bits",
 ]

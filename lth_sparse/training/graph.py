@@ -1,4 +1,4 @@
-"""Steps captured in a CUDA graph, several to a launch."""
+"""Several steps to a launch: captured in a CUDA graph, or one launch of their own."""
 
 import logging
 
@@ -13,21 +13,26 @@ class Steps:
     """Takes steps of a learner, on CUDA `STEPS` at a time from a captured graph where there are as many.
 
     The first are taken one by one, which also makes the optimizer's state and compiles the kernels; so are what is left
-    over before a multiple, and all of them where capture fails. `captured` is True, or says why not.
+    over before a multiple, and all of them where capture fails. A learner that has `steps` is given as many as there
+    are instead. `captured` is True, or says why not.
     """
 
     def __init__(self, learner, cuda: bool):
         self.learner, self.graph = learner, None
         self.captured: bool | str = cuda or "there is no CUDA device"
+        if hasattr(learner, "steps"):
+            self.captured = "many steps are one launch"
         self.warm = False
 
     def take(self, indices: Tensor, moves: Tensor | None, rates: list[float]) -> None:
         """Train for one step on each of `indices` [k, R, B], `moves` [k, R, B, 3] and learning `rates` (k)."""
-        if self.captured is True and self.warm and len(rates) == STEPS:
+        if hasattr(self.learner, "steps"):
+            self.learner.steps(indices, rates)
+        elif self.captured is True and self.warm and len(rates) == STEPS:
             self._replay(indices, moves, rates)
-            return
-        self._step_by_step(indices, moves, rates)
-        self.warm = True
+        else:
+            self._step_by_step(indices, moves, rates)
+            self.warm = True
 
     def _step_by_step(self, indices, moves, rates):
         for at, rate in enumerate(rates):

@@ -72,7 +72,8 @@ class Group:
         count = min(min(stops) - self.iteration, STEPS)
         iterations = range(self.iteration, self.iteration + count)
         indices = torch.stack([order.batches(self.iteration, count) for order in self.orders], 1)
-        self.steps.take(indices, self._moves(iterations), [learning_rate(self.recipe, i) for i in iterations])
+        rates = [learning_rate(self.recipe, i, self.tickets[0].fine_tune) for i in iterations]
+        self.steps.take(indices, self._moves(iterations), rates)
         self.iteration += count
 
     def _moves(self, iterations):

@@ -1,13 +1,15 @@
 """Which tickets train together, and how each of their layers is computed."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from .. import runs
 from ..data import Data
 from ..packing import choose_strategies
 from ..recipe import Recipe
-from . import stack
+from . import programs, stack
 from .network import Network
+from .programs import Programs
 from .stack import Stack, perceptron
 from .tickets import Ticket
 
@@ -39,26 +41,47 @@ def _key(ticket, number, recipe):
     if recipe.device != "cuda" or not _stacks(ticket.model, recipe):
         return number
     shapes = tuple((name, layer.weight.shape) for name, layer in perceptron(ticket.model).items())
-    return shapes, ticket.start, ticket.keep_at
+    return shapes, ticket.start, ticket.keep_at, ticket.fine_tune
 
 
 def _stacks(model, recipe) -> bool:
     exact = recipe.precision == "fp32" or recipe.device == "cuda"  # bf16 on the CPU is autocast's
-    return exact and recipe.augmentation == "none" and perceptron(model) is not None
+    return exact and recipe.augmentation == "none" and perceptron(model) is not None and not _is_frozen(model)
+
+
+def _is_frozen(model) -> bool:
+    """Whether pruned weights stay at values of their own, which only the masked state of a network has."""
+    return any(getattr(module, "weight_frozen", None) is not None for module in model.modules())
 
 
 def _plan(tickets, data, recipe) -> Plan:
     models = [ticket.model for ticket in tickets]
-    kind = Stack if _stacks(models[0], recipe) else Network
     folders = [ticket.folder for ticket in tickets if ticket.folder is not None]
     if folders and all((folder / _FILE).exists() for folder in folders):
-        return Plan(tickets, kind, runs.read_json(folders[0] / _FILE))
-    if kind is Stack:
-        chosen = stack.strategies(models, recipe)
+        chosen = runs.read_json(folders[0] / _FILE)
     else:
-        sample = data.inputs(data.train.images[: recipe.batch_size])
-        choices = choose_strategies(models[0], sample, recipe.strategy)
-        chosen = {name: choice.strategy for name, choice in choices.items()}
-    for folder in folders:
-        runs.write_json(folder / _FILE, chosen)
-    return Plan(tickets, kind, chosen)
+        chosen = _choose(models, data, recipe)
+        for folder in folders:
+            runs.write_json(folder / _FILE, chosen)
+    return Plan(tickets, _kind(models[0], recipe, chosen), chosen)
+
+
+def _choose(models, data, recipe) -> dict[str, str]:
+    stacks = _stacks(models[0], recipe)
+    # "auto" does not choose it: no GPU has run it yet, and that its phases do not race is only argued by hand
+    if recipe.strategy == "trainer":
+        programs.check(models[0], data, recipe)
+        if stacks and programs.fits(models, recipe):
+            return dict.fromkeys(perceptron(models[0]), "trainer")
+        recipe = replace(recipe, strategy="auto")  # as in the first rounds of every search
+    if stacks:
+        return stack.strategies(models, recipe)
+    sample = data.inputs(data.train.images[: recipe.batch_size])
+    forced = "masked" if _is_frozen(models[0]) else recipe.strategy
+    return {name: choice.strategy for name, choice in choose_strategies(models[0], sample, forced).items()}
+
+
+def _kind(model, recipe, strategies) -> type[Stack | Network]:
+    if not _stacks(model, recipe):
+        return Network
+    return Programs if "trainer" in strategies.values() else Stack

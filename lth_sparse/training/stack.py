@@ -18,6 +18,7 @@ from ..recipe import Recipe
 from .optimizer import make_optimizer
 
 _LINEAR = {**ops.STRATEGIES["linear"], "masked": ops.Masked()}
+_LINEAR["trainer"] = _LINEAR["csr"]  # which reads the same lists
 
 
 class Activation(NamedTuple):

@@ -12,7 +12,8 @@ class Ticket:
     """A masked model at its starting values, trained in place.
 
     `seed` decides the order of the data; `start` is the iteration that the values belong to; `keep_at` an iteration
-    whose values the result shall bring; `folder`, if any, holds the state of an interrupted training.
+    whose values the result shall bring; `folder`, if any, holds the state of an interrupted training; `fine_tune`
+    trains at the schedule's last learning rate.
     """
 
     model: nn.Module
@@ -21,6 +22,7 @@ class Ticket:
     start: int = 0
     keep_at: int | None = None
     folder: Path | None = None
+    fine_tune: bool = False
 
 
 @dataclass

@@ -59,6 +59,18 @@ def test_replays_get_the_batches_of_now(monkeypatch):
     assert learner.seen == wanted(first) and steps.captured is True
 
 
+def test_a_learner_with_steps_of_its_own_gets_them_whole():
+    class Whole:
+        def steps(self, indices, rates):
+            seen.append((indices.flatten().tolist(), rates))
+
+    seen, steps = [], Steps(Whole(), cuda=True)
+    for count in (STEPS, 3):
+        steps.take(*chunk(count))
+    assert seen == [(list(range(count)), [0.5 * i for i in range(count)]) for count in (STEPS, 3)]
+    assert steps.captured == "many steps are one launch" and steps.graph is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["lenet-300-100", "conv-2"])
 def test_captured_steps_are_the_uncaptured_ones(model, monkeypatch):

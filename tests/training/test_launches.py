@@ -11,6 +11,7 @@ from lth_sparse import models
 from lth_sparse.data import Data, Split
 from lth_sparse.ops import strategy
 from lth_sparse.recipe import Recipe
+from lth_sparse.training.programs import Programs
 from lth_sparse.training.stack import Stack
 
 FREE = ("view", "empty", "expand", "detach", "alias", "select", "slice", "unsqueeze", "permute", "t", "transpose")
@@ -45,13 +46,13 @@ def launched(monkeypatch):
     return names
 
 
-def stack(tickets, activation="relu"):
+def stack(tickets, activation="relu", kind=Stack, strategies=None):
     split = Split(torch.zeros(100, 1, 28, 28, dtype=torch.uint8), torch.zeros(100, dtype=torch.long))
     data = Data("levels", split, split, split, (1, 28, 28), 10, "unit", torch.ones(1), torch.zeros(1))
     networks = [
         lth.prune_(lth.sparsify_(models.build("lenet-300-100", activation=activation)), 0.9) for _ in range(tickets)
     ]
-    return Stack(networks, data, Recipe(device="cpu", threads=1), {})
+    return kind(networks, data, Recipe(device="cpu", threads=1), strategies or {})
 
 
 @pytest.mark.parametrize("tickets", [1, 16])
@@ -63,6 +64,16 @@ def test_a_step_of_lenet_takes_few_launches(launched, tickets, activation, launc
     with Counted() as torchs:
         learner.step(indices)
     assert len(launched) == 11 and len(launched) + len(torchs.names) == launches <= 15, (launched, torchs.names)
+
+
+def test_many_steps_of_programs_take_two_launches(launched):
+    learner = stack(2, kind=Programs, strategies=dict.fromkeys(("fc1", "fc2", "output"), "trainer"))
+    indices = torch.zeros(25, 2, 60, dtype=torch.long)
+    learner.step(indices[0])  # asks the optimizer once for its steps
+    launched.clear()
+    with Counted() as torchs:
+        learner.steps(indices, [0.1] * 25)
+    assert launched == ["_train_kernel"] and torchs.names == ["_foreach_add_"]  # which counts the steps
 
 
 def test_the_bytes_of_a_step_are_near_the_least(launched):
