@@ -80,7 +80,7 @@ def engine(root: str, **settings) -> Iterator[dict]:
                 "train_accuracy": result.train_accuracy,
             }
 
-        lottery.take_round(chains, lambda tickets: training.train(tickets, loaded, asked), round, False, record)
+        lottery.take_round(chains, lambda tickets: training.train(tickets, loaded, asked), round, asked.rounds, record)
         yield found
 
 

@@ -4,9 +4,9 @@ Exit codes: 0 done; 1 failed while running; 2 arguments or input files; 130 inte
 """
 
 import argparse
+import contextlib
 import json
 import signal
-import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __path__ as package_path
-from . import __version__, dispatch, experiment, ops, plots, recipe, report, runs, training
+from . import __version__, dispatch, experiment, ops, plots, recipe, recipes, report, runs, tables, training
 from .progress import Progress
 
 console = Console(stderr=True, highlight=False, markup=False)
@@ -61,6 +60,9 @@ def _parser():
     run.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name from --list, or the path of a TOML file")
     run.add_argument("data_dir", nargs="?", default="datasets", metavar="DATA_DIR", help="the data (datasets)")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, or the scale")
+    run.add_argument(
+        "--reuse", type=Path, metavar="RUN", help="take over the rounds of a run with other arms, rounds or trials"
+    )
     run.add_argument("--list", action="store_true", help="list the recipes")
     _add_output(run, _run)
     ls = verbs.add_parser("ls", help="list what ran")
@@ -103,7 +105,8 @@ def _find_ticket(options):
         what = f"has no {missing[0]}" if missing else f"takes no {options.words[-1]!r}"
         raise ValueError(f"find-ticket {what}: write it as lth find-ticket lenet-300-100 digits")
     data_dir = options.words[len(places)] if len(options.words) > len(places) else "datasets"
-    _carry_out(recipe.parse(settings), data_dir, options, None)
+    asked = recipe.parse(settings)
+    return _carry_out(recipes.Experiment(asked.name, "", "", (), {"": asked}), data_dir, options)
 
 
 def _run(options):
@@ -112,33 +115,39 @@ def _run(options):
             raise ValueError("run needs the name of a recipe: see lth run --list")
         _list_recipes(options)
         return
-    path = _recipe_path(options.recipe)
+    path = recipes.find(options.recipe)
     changes = dict(_assignment(text) for text in options.set)
-    scale = changes.pop("scale", None)
-    name = f"{path.stem}-{scale}" if scale else path.stem
-    _carry_out(recipe.read(path, scale, **changes), options.data_dir, options, name)
+    return _carry_out(recipes.read(path, changes.pop("scale", None), **changes), options.data_dir, options)
 
 
-def _carry_out(settings, data_dir, options, name):
-    with Progress(settings, console, options.quiet) as progress:
-        folder = experiment.run(settings, data_dir, options.out, name, progress.metrics, progress.round)
-    summary = report.summarize(folder)
-    figures = plots.draw(summary, report.curves(folder), folder / "figures")
+def _carry_out(asked, data_dir, options):
+    with contextlib.ExitStack() as stack:
+
+        def variant(name, settings):
+            stack.close()
+            if name and not options.quiet:
+                console.print(f"{asked.name}: {name}", soft_wrap=True)
+            progress = stack.enter_context(Progress(settings, console, options.quiet))
+            return {"on_metrics": progress.metrics, "on_round": progress.round}
+
+        folder = experiment.run_all(asked, data_dir, options.out, variant, getattr(options, "reuse", None))
+    figures = _draw(folder, folder / "figures")
     if not options.quiet:
-        _print_summary(summary)
+        _print_tables(folder)
         _print_paths(folder, figures)
     if options.json:
-        print(json.dumps(summary, indent=1))
+        print(json.dumps(_document(folder), indent=1))
 
 
 def _ls(options):
     table = Table("run", "done", "winning ticket", "test accuracy", box=None)
     for path in sorted(options.folder.glob("*/recipe.json")) if options.folder.is_dir() else ():
-        summary = report.summarize(path.parent)
-        winner = summary["winning_ticket"]
-        ticket = f"{winner['density']:.1%} of the weights" if winner else "-"
-        accuracy = f"{winner['early_stop']['test_accuracy']:.2%}" if winner else "-"
-        table.add_row(str(path.parent), "{done}/{planned}".format(**summary["status"]), ticket, accuracy)
+        for run in report.variants(path.parent).values():
+            summary = report.summarize(run)
+            winner = summary["winning_ticket"]
+            ticket = f"{winner['density']:.1%} of the weights" if winner else "-"
+            accuracy = f"{winner['early_stop']['test_accuracy']:.2%}" if winner else "-"
+            table.add_row(str(run), "{done}/{planned}".format(**summary["status"]), ticket, accuracy)
     if not table.row_count:
         raise ValueError(f"there are no runs in {options.folder}")
     console.print(table)
@@ -146,21 +155,46 @@ def _ls(options):
 
 def _report(options):
     folder = _run_folder(options.run)
-    summary = report.summarize(folder)
-    written = report.export(folder, options.export) if options.export else []
-    if options.save:
-        written += [*plots.draw(summary, report.curves(folder), options.save), options.save / "summary.json"]
-        runs.write_json(written[-1], summary)
+    written = _draw(folder, options.save) if options.save else []
+    for name, run in report.variants(folder).items():
+        written += report.export(run, options.export / name) if options.export else []
+        if options.save:
+            written += [options.save / name / "summary.json"]
+            runs.write_json(written[-1], report.summarize(run))
     for path in written:
         console.print(str(path), soft_wrap=True)
-    _print_summary(summary)
+    _print_tables(folder)
     if options.json:
-        print(json.dumps(summary, indent=1))
+        print(json.dumps(_document(folder), indent=1))
+
+
+def _document(folder):
+    """What --json prints: the summary of a run, or those of its variants by name."""
+    summaries = {name: report.summarize(run) for name, run in report.variants(folder).items()}
+    return summaries.get("", summaries)
+
+
+def _draw(folder, to):
+    """Write the figures of a run: its own, or those of each variant and of all side by side."""
+    summaries, paths = {}, []
+    for name, run in report.variants(folder).items():
+        summaries[name] = report.summarize(run)
+        paths += plots.draw(summaries[name], report.curves(run), to / name)
+    if "" not in summaries and summaries:
+        paths += plots.draw(report.side_by_side(summaries), {}, to)
+    return paths
+
+
+def _print_tables(folder):
+    runs_of = report.variants(folder)
+    summaries = {name: report.summarize(run) | {"curves": report.curves(run)} for name, run in runs_of.items()}
+    for part in tables.of(summaries, runs.read_json(folder / "recipe.json").get("claims", ())):
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def _plot(options):
     folder = _run_folder(options.run)
-    figures = plots.draw(report.summarize(folder), report.curves(folder), folder / "figures")
+    figures = _draw(folder, folder / "figures")
     _print_paths(folder, figures)
     if options.json:
         print(json.dumps([str(path) for path in figures]))
@@ -195,52 +229,6 @@ def _env(options):
     console.print(table)
 
 
-def _print_summary(summary):
-    arms = summary["settings"]["arms"]
-    rows = {(row["arm"], row["round"]): row for row in summary["rows"]}
-    console.print(_title(summary), soft_wrap=True)  # as a table's title it would wrap at the width of the table
-    table = Table("round", "weights", box=None)
-    for arm in arms:
-        table.add_column(f"{arm}\nstop at", justify="right")
-        table.add_column("\ntest %", justify="right")
-    for round in sorted({round for _, round in rows}):
-        density = next(row["density"] for (_, r), row in rows.items() if r == round)
-        cells = [cell for arm in arms for cell in _cells(rows.get((arm, round)))]
-        table.add_row(str(round), f"{100 * density:.1f} %", *cells)
-    console.print(table)
-    for sentence in summary["status"]["ended_early"]:
-        console.print(sentence)
-    winner = summary["winning_ticket"]
-    if winner:
-        console.print(
-            f"winning ticket: round {winner['round']}, {winner['density']:.1%} of the weights, test accuracy "
-            f"{winner['early_stop']['test_accuracy']:.2%} (dense {winner['dense']['test_accuracy']:.2%})",
-            soft_wrap=True,
-        )
-
-
-def _title(summary):
-    settings, status = summary["settings"], summary["status"]
-    trials = "1 trial" if settings["trials"] == 1 else f"mean (min-max) of {settings['trials']} trials"
-    done = "" if status["done"] == status["planned"] else f", {status['done']} of {status['planned']} rounds done"
-    return f"{settings['model']} on {settings['dataset']}, {trials}, at the early stop{done}"
-
-
-def _cells(row):
-    if row is None:
-        return "-", "-"
-    return _spread(row["early_stop_iteration"], row["n"], "{:,.0f}", 1), _spread(
-        row["test_accuracy"], row["n"], "{:.2f}", 100
-    )
-
-
-def _spread(measure, n, form, factor):
-    if measure["mean"] is None:
-        return "-"
-    mean, low, high = (form.format(factor * measure[key]) for key in ("mean", "min", "max"))
-    return mean if n == 1 else f"{mean} ({low}-{high})"
-
-
 def _print_paths(folder, figures):
     console.print(f"run: {folder}", soft_wrap=True)
     for path in figures:
@@ -257,27 +245,17 @@ def _run_folder(given):
     return found[0].parent
 
 
-def _recipes():
-    folders = (Path(folder) / "experiments" for folder in package_path)
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
-
-
-def _recipe_path(given):
-    path = _recipes().get(given, Path(given))
-    if not path.is_file():
-        raise ValueError(f"unknown recipe {given!r}: give a path, or one of {', '.join(_recipes())}")
-    return path
-
-
 def _list_recipes(options):
-    table = Table("recipe", "source", "cost", box=None)
-    found = {name: tomllib.loads(path.read_text(encoding="utf-8")) for name, path in _recipes().items()}
-    for name, document in found.items():
-        table.add_row(name, document.get("source", ""), document.get("cost", ""))
+    found = {name: recipes.read(path) for name, path in recipes.known().items()}
+    saved = {name: report.saved(recipes.known()[name]) for name in found}
     if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        console.print(table)
+        listed = {name: asked._asdict() | {"variants": asked.settings()} for name, asked in found.items()}
+        print(json.dumps({name: entry | {"result": saved[name]} for name, entry in listed.items()}, indent=1))
+        return
+    table = Table("recipe", "source", "claims", "cost", "last result", box=None)
+    for name, asked in found.items():
+        table.add_row(name, asked.source, " ".join(asked.claims), asked.cost, saved[name])
+    console.print(table)
 
 
 def _assignment(text):

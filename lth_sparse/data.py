@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "maxgroup")
+IMAGES = ("original", "grey-28", "doubled")
 NORMALIZATIONS = ("unit", "statistics", "half", "lecun", "l2", "none")
 _TRAINING = {"digits": 1437, "mnist": 60_000, "fashion-mnist": 60_000, "cifar10": 50_000}  # original images
 _LEVELS = {"digits": 16, "maxgroup": 1}  # the largest level; the others' is 255
@@ -76,6 +77,7 @@ def load(
     download: bool = True,
     size: int | None = None,
     noise: float | None = None,
+    images: str = "original",
 ) -> Data:
     """Load one of `NAMES`: ten classes each, the same bits for the same arguments.
 
@@ -94,13 +96,15 @@ def load(
         download: fetch what `root` lacks.
         size: maxgroup's training images, those for validation not counted; 55,000 unless given.
         noise: standard deviation of maxgroup's noise; 0 unless given.
+        images: "grey-28" makes them grey (ITU-R BT.601) and cuts their middle 28x28 out, which gives cifar10 MNIST's
+            shape; images that have it already stay as they are. "doubled" makes 2x2 of each pixel.
 
     Raises:
         ValueError: an unknown name or normalization, an argument out of range or of another data set, a
             device that is not there, files that are damaged, or missing and not to be downloaded.
     """
     validation_size = (180 if name == "digits" else 5000) if validation_size is None else validation_size
-    _check(name, normalization, validation_size, size, noise)
+    _check(name, normalization, validation_size, size, noise, images)
     device = _usable(device)
     if name == "maxgroup":
         count = (55_000 if size is None else size) + validation_size
@@ -109,6 +113,9 @@ def load(
         original, test = _digits()
     else:
         original, test = _torchvision(name, Path(root).expanduser(), download)
+    if images != "original":
+        change = _grey_28 if images == "grey-28" else _doubled
+        original, test = (Split(change(part.images), part.labels) for part in (original, test))
     if normalization == "l2":
         original, test = (Split(_lengths_to_one(part.images), part.labels) for part in (original, test))
     scale, shift = _scaling(normalization, _LEVELS.get(name, 255), original.images)
@@ -141,11 +148,15 @@ def maxgroup(count: int, noise: float = 0.0, seed: int = 0) -> Split:
     return Split(images.view(count, 1, 28, 28), labels)
 
 
-def _check(name, normalization, validation_size, size, noise):
+def _check(name, normalization, validation_size, size, noise, images):
     if name not in NAMES:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(NAMES)}")
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {normalization!r}: choose from {', '.join(NORMALIZATIONS)}")
+    if images not in IMAGES:
+        raise ValueError(f"unknown images {images!r}: choose from {', '.join(IMAGES)}")
+    if images == "grey-28" and name == "digits":
+        raise ValueError("images 'grey-28' are cut from larger ones, but those of digits are 8x8")
     if name != "maxgroup" and (size is not None or noise is not None):
         raise ValueError(f"size and noise are options of maxgroup only, but the data set is {name}")
     if size is not None and size < 1:
@@ -178,6 +189,18 @@ def _scaling(normalization, levels, original) -> tuple[Tensor, Tensor]:
         mean, std = {"unit": (0.0, 1.0), "half": (0.5, 0.5), "lecun": (0.078, 0.784)}[normalization]
         mean, std = (torch.full((channels,), value, dtype=torch.float64) for value in (mean, std))
     return (1 / (levels * std)).float(), (-mean / std).float()
+
+
+def _grey_28(images):
+    if images.shape[1] == 3:
+        red, green, blue = images.int().unbind(1)
+        images = ((299 * red + 587 * green + 114 * blue + 500) // 1000).byte()[:, None]
+    top, left = ((side - 28) // 2 for side in images.shape[2:])
+    return images[:, :, top : top + 28, left : left + 28].contiguous()
+
+
+def _doubled(images):
+    return images.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def _lengths_to_one(images):

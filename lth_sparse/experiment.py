@@ -1,15 +1,50 @@
-"""A recipe carried out in a run folder: every arm, trial and round, resumable at any moment."""
+"""Recipes carried out in run folders: every arm, trial and round, resumable at any moment."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from . import checkpoint, data, models, report, runs, training
-from .actions import rewind_
-from .convert import sparsify_
-from .lottery import ARMS, Chain, search
+import torch
+
+from . import across, checkpoint, data, measures, models, observations, report, runs, training
+from .actions import snapshot
+from .arms import ARMS
+from .convert import match, sparsify_
+from .lottery import Chain, frozen_weights, search
 from .masks import get_masks, set_masks_
+from .prune import rate_to_reach
 from .recipe import Recipe
+from .recipes import Experiment
 from .training import Result
+
+SAMPLES = 10  # of each class, for scores that look at data: Lee et al. 2019 take 100 images, the second seed 10 a class
+
+
+def run_all(
+    asked: Experiment,
+    data_dir: str | Path = "datasets",
+    out: Path | None = None,
+    variant: Callable[[str, Recipe], dict] = lambda name, recipe: {},
+    reuse: Path | None = None,
+) -> Path:
+    """Run every variant of an experiment, each in a folder of its own name in the run folder, which is returned.
+
+    Args:
+        variant: called before each variant; what it returns are the callbacks of `run`.
+        reuse: see `run`; of a run with variants the one of the same name, if there is one.
+
+    Raises:
+        ValueError, OSError: as `run`.
+    """
+    about = {"source": asked.source, "claims": asked.claims}
+    if list(asked.variants) == [""]:
+        recipe = asked.variants[""]
+        return run(recipe, data_dir, out, asked.name, **variant("", recipe), reuse=reuse, **about)
+    with runs.opened(asked, asked.name, out, variants=list(asked.variants), **about) as folder:
+        for name, recipe in asked.variants.items():
+            taken = across.find(name, reuse / name) if reuse and (reuse / name / "recipe.json").is_file() else None
+            run(recipe, data_dir, folder / name, name, **variant(name, recipe), reuse=taken)
+        return folder
 
 
 def run(
@@ -19,6 +54,8 @@ def run(
     name: str | None = None,
     on_metrics: Callable[[str, dict], None] = lambda label, row: None,
     on_round: Callable[[dict], None] = lambda result: None,
+    reuse: Path | None = None,
+    **about,
 ) -> Path:
     """Run a recipe, or go on where an earlier call stopped; returns the run folder.
 
@@ -26,74 +63,116 @@ def run(
         recipe: unresolved, as parsed.
         on_metrics: called with "arm/trial_0/round_03" and each evaluation, `of` in it being the last iteration.
         on_round: called with the content of each round's result.json, those of earlier calls included.
+        reuse: a run of the same settings but for arms, trials and rounds, whose finished rounds are taken over.
+        about: what recipe.json says beside the settings.
 
     Raises:
         ValueError: settings, data or a run folder that do not fit (see `runs.opened`, `data.load`).
         OSError: the folder cannot be written; finished rounds stay.
     """
     loaded = data.load(
-        recipe.dataset, data_dir, recipe.normalization, recipe.validation_size, recipe.seed, recipe.device
+        recipe.dataset,
+        data_dir,
+        recipe.normalization,
+        recipe.validation_size,
+        recipe.seed,
+        recipe.device,
+        images=recipe.images,
     )
     recipe = recipe.resolve(len(loaded.train.labels))
     searched = chains(recipe, loaded)  # before there is a folder: not every network takes these images
-    with runs.opened(recipe, name or recipe.name, out) as folder:
+    if recipe.tickets_of:
+        across.take_tickets(searched, across.find(recipe.tickets_of, out), recipe)
+    if recipe.without:
+        across.take_network_without(searched, across.find(recipe.without, out), recipe)
+    with runs.opened(recipe, name or recipe.name, out, **about) as folder:
+        if reuse:
+            across.take_finished(searched, reuse, recipe, folder)
         for chain in searched:
             chain.folder = folder
             for result in _restore(chain):
                 on_round(result)
 
         def record(chain, round, result):
-            on_round(_record(chain, round, result, recipe))
+            on_round(_record(chain, round, result, recipe, loaded))
 
         def train(tickets):
-            return training.train(tickets, loaded, recipe, lambda label, row: on_metrics(label, {**row, "of": last}))
+            first = recipe.first_iterations if tickets[0].label.endswith("round_00") else 0
+            changed = replace(recipe, iterations=first) if first else recipe
+            before = observations.untrained(tickets, loaded) if recipe.untrained else {}
+            with measures.Energy() as energy:
+                results = training.train(tickets, loaded, changed, on_evaluation)
+            for ticket, result in zip(tickets, results, strict=True):
+                result.how |= {"untrained_accuracy": before[ticket.label]} if before else {}
+                result.how["joules"] = energy.joules and energy.joules / len(results)
+            return results
+
+        def on_evaluation(label, row):
+            on_metrics(label, {**row, "of": last})
 
         last = recipe.iterations
         search(searched, train, recipe.rounds, record)
         _save_winner(searched, folder)
+        if recipe.learn_masks:
+            observations.learn_masks(recipe, loaded, folder, on_metrics)
         runs.write_json(folder / "summary.json", report.summarize(folder))
     return folder
 
 
 def chains(recipe: Recipe, loaded: data.Data) -> list[Chain]:
-    """A chain for every arm and trial of a resolved recipe; those that take another's masks come last."""
+    """A chain for every arm and trial of a resolved recipe; those that take others' masks come after them."""
     found: list[Chain] = []
+    batches = _samples(loaded)
     for trial in range(recipe.trials):
-        leaders: dict[str, Chain] = {}
-        for name in sorted(recipe.arms, key=lambda name: name != "ticket"):
-            model = models.build(recipe.model, loaded.input_shape, loaded.classes, recipe.activation)
+        made: dict[str, Chain] = {}
+        for name in sorted(recipe.arms, key=lambda name: len(ARMS[name].masks_of)):
+            model = models.build(recipe.model, loaded.input_shape, loaded.classes, recipe.activation, recipe.dropout)
             sparsify_(model).to(recipe.device)
-            pruning = _pruning(model, recipe) | {"score": ARMS[name].score or recipe.score}
-            leader = leaders.get(ARMS[name].masks_of)
-            leaders[name] = Chain(model, recipe.seed, name, trial, pruning, None, leader, recipe.rewind)
-        found += [leaders[name] for name in recipe.arms]
-    return sorted(found, key=lambda chain: chain.leader is not None)
+            leaders = tuple(made[other] for other in ARMS[name].masks_of)
+            given = _pruning(model, recipe) | {"score": ARMS[name].score or recipe.score}
+            made[name] = Chain(
+                model, recipe.seed, name, trial, given, leaders=leaders, rewind=recipe.rewind, batches=batches
+            )
+        found += [made[name] for name in recipe.arms]
+    return sorted(found, key=lambda chain: len(chain.leaders))
+
+
+def _samples(loaded) -> list:
+    """One batch with the first images of each class, as the network takes them, and their labels."""
+    labels = loaded.train.labels
+    first = torch.cat([(labels == c).nonzero().flatten()[:SAMPLES] for c in range(loaded.classes)])
+    return [(loaded.inputs(loaded.train.images[first]), labels[first])]
 
 
 def _pruning(model, recipe) -> dict:
     rates = models.pruning_rates(model, recipe.prune_rate_fc, recipe.prune_rate_conv)
+    if recipe.final_density:
+        rate = rate_to_reach(recipe.final_density, recipe.rounds)
+        rates = {name: rate if own else 0.0 for name, own in rates.items()}
+    for pattern in recipe.exclude:
+        rates |= dict.fromkeys(match(list(rates), pattern), 0.0)
+    if not any(rates.values()):
+        raise ValueError(f"nothing would be pruned: exclude names every layer, {', '.join(rates)}")
     if recipe.scope == "layer":
         return {"rates": rates, "scope": "layer"}
     # One pool, one rate: that of the convolutions where any go, and layers with rate 0 stay whole.
     rate = next(own for own in rates.values() if own)
-    return {"rate": rate, "scope": "global", "rates": {name: 0.0 for name, own in rates.items() if own == 0}}
+    return {"rate": rate, "scope": recipe.scope, "rates": {name: 0.0 for name, own in rates.items() if own == 0}}
 
 
-def _record(chain, round, result: Result, recipe) -> dict:
+def _record(chain, round, result: Result, recipe, loaded) -> dict:
     """Write the files of a finished round, result.json last."""
     folder = runs.round_folder(chain.folder, chain.arm, chain.trial, round)
-    following = runs.round_folder(chain.folder, chain.arm, chain.trial, round + 1)
-    if round + 1 in chain.masks and chain.leader is None:
-        following.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(chain.model, following / "ticket.safetensors", values=False)
-    if result.kept:
-        checkpoint.write_tensors(folder.parent / "rewind.safetensors", result.kept, {})
-    set_masks_(chain.model, chain.masks[round])
-    checkpoint.save(chain.model, folder / "ticket.safetensors", values=False)
-    if result.best:
-        checkpoint.save(rewind_(chain.model, result.best), folder / "trained.safetensors")
-    runs.write_rows(folder / "metrics.jsonl", result.history)
+    for following in sorted(chain.masks):
+        _write_ticket(chain, following)
+    for name, values in {"rewind": result.kept, "initial": chain.initial}.items():
+        if values and round == 0:
+            checkpoint.write_tensors(folder.parent / f"{name}.safetensors", values, {})
     content = {"arm": chain.arm, "trial": chain.trial, "round": round, "status": chain.status}
+    if result.best:
+        checkpoint.save(chain.become(round, result.best), folder / "trained.safetensors")
+        content |= observations.of_round(chain, round, result, loaded)
+    runs.write_rows(folder / "metrics.jsonl", result.history)
     content |= chain.finished[round] | {"precision": recipe.precision, "iterations": recipe.iterations}
     content |= {"early_stop": result.early_stop, "final": result.history[-1]}
     content |= {"train_accuracy": result.train_accuracy, "seconds": result.seconds}
@@ -104,6 +183,19 @@ def _record(chain, round, result: Result, recipe) -> dict:
     return content
 
 
+def _write_ticket(chain, round):
+    """Write the masks of a round, with the values that it starts from where they do not follow from the seed."""
+    path = runs.round_folder(chain.folder, chain.arm, chain.trial, round) / "ticket.safetensors"
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if round in chain.carried:
+        checkpoint.save(chain.become(round, chain.carried[round][0]), path)
+    else:
+        set_masks_(chain.model, chain.masks[round])
+        checkpoint.save(chain.model, path, values=False)
+
+
 def _forget_state(folder):
     """Delete the state of a training that is done, and what a kill left of writing it."""
     for path in folder.glob("training.safetensors*"):
@@ -111,23 +203,26 @@ def _forget_state(folder):
 
 
 def _restore(chain) -> list[dict]:
-    """Read the finished rounds of a chain back from its folder."""
+    """Read the finished rounds of a chain, and the masks that were made, back from its folder."""
     results = []
-    if chain.is_ready(0) and ARMS[chain.arm].rewinds:
+    if chain.is_ready(0) and not chain.rule.is_fresh:
         chain.prepare(0)  # starting values come back from the seed
-    rewind = runs.round_folder(chain.folder, chain.arm, chain.trial, 0).parent / "rewind.safetensors"
-    if rewind.exists():
-        chain.start = checkpoint.read_tensors(rewind)[0]
-    while (folder := runs.round_folder(chain.folder, chain.arm, chain.trial, len(results))).is_dir():
+    trial = runs.round_folder(chain.folder, chain.arm, chain.trial, 0).parent
+    if (trial / "rewind.safetensors").exists():
+        chain.start = checkpoint.read_tensors(trial / "rewind.safetensors")[0]
+    for round, folder in enumerate(sorted(trial.glob("round_*"))):
+        if len(results) < round and not (results and chain.rule.prunes == "once"):
+            break  # masks of a round whose end was not recorded are made again
         if (folder / "ticket.safetensors").exists() or (folder / "result.json").exists():
             checkpoint.load_(chain.model, folder / "ticket.safetensors")
-            chain.masks[len(results)] = get_masks(chain.model)
-        if not (folder / "result.json").exists():
-            break
-        results.append(runs.read_json(folder / "result.json"))
-        _forget_state(folder)
-        chain.status = results[-1]["status"]
-        chain.finished[len(results) - 1] = results[-1]
+            chain.masks[round] = get_masks(chain.model)
+            if chain.rule.carries and round:
+                chain.carried = {round: (snapshot(chain.model), frozen_weights(chain.model))}
+        if len(results) == round and (folder / "result.json").exists():
+            results.append(runs.read_json(folder / "result.json"))
+            _forget_state(folder)
+            chain.status = results[-1]["status"]
+            chain.finished[round] = results[-1]
     return results
 
 
@@ -137,5 +232,4 @@ def _save_winner(chains, folder):
     chain = next((chain for chain in chains if chain.arm == "ticket" and chain.trial == 0), None)
     if winner is None or chain is None:
         return
-    set_masks_(chain.model, chain.masks[winner["round"]])
-    checkpoint.save(rewind_(chain.model, chain.start), folder / "winning_ticket.safetensors")
+    checkpoint.save(chain.become(winner["round"], chain.start), folder / "winning_ticket.safetensors")

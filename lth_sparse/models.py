@@ -44,6 +44,24 @@ class Network(nn.Sequential):
                     layer.bias.zero_()
 
 
+class Dropout(nn.Module):
+    """Dropout from a random stream of its own, so that a seed stands for the same units in every thread.
+
+    Whoever trains sets `seed` before each step; None, as in eval mode, drops nothing.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate, self.seed = rate, None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.seed is None:
+            return input
+        generator = torch.Generator(input.device).manual_seed(self.seed)
+        kept = torch.rand(input.shape, generator=generator, device=input.device) >= self.rate
+        return input * kept / (1 - self.rate)
+
+
 class Block(nn.Module):
     """Residual block: two 3x3 convolutions; where it widens, stride 2 and a 1x1 convolution as `shortcut`."""
 
@@ -71,6 +89,7 @@ def build(
     input_shape: tuple[int, int, int] = (1, 28, 28),
     classes: int = 10,
     activation: str = "relu",
+    dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Network:
     """Make one of `NAMES` on the CPU, float32, initialised by `Network.reset_parameters(generator)`.
@@ -81,6 +100,7 @@ def build(
     Args:
         input_shape: channels, height, width.
         activation: of the hidden layers: "relu", or "sigmoid" or "tanh" for lenet-300-100 and conv-2, -4, -6.
+        dropout: rate before each Linear but the first, for conv-2, -4, -6 (paper, section 3: 0.5).
         generator: draws the initial weights; torch's global one unless given.
 
     Raises:
@@ -89,11 +109,13 @@ def build(
     if name not in NAMES:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(NAMES)}")
     _check_activation(name, activation)
+    if not 0 <= dropout < 1 or (dropout and not _GROUPS.get(name)):
+        raise ValueError(f"dropout must be 0, or below 1 for conv-2, -4 and -6, got {dropout} for {name}")
     _check_input(name, input_shape)
     if not isinstance(classes, int) or classes < 1:
         raise ValueError(f"classes must be a positive integer, got {classes!r}")
     with torch.device("meta"):  # or torch would draw initial values of its own, from the global generator
-        network = Network(_numbered(_layers(name, input_shape, classes, activation)))
+        network = Network(_numbered(_layers(name, input_shape, classes, activation, dropout)))
     if name in _DEEP:
         shortcuts = [layer for layer, _ in network.named_modules() if layer.endswith("shortcut.conv")]
         network.kept_whole = (*shortcuts, "output")
@@ -148,18 +170,18 @@ def _numbered(layers) -> OrderedDict[str, nn.Module]:
     return named
 
 
-def _layers(name, shape, classes, activation) -> list[tuple[str, nn.Module]]:
+def _layers(name, shape, classes, activation, dropout) -> list[tuple[str, nn.Module]]:
     if name == "resnet-18":
-        return _resnet(shape[0]) + _head(64, (), classes, activation)
+        return _resnet(shape[0]) + _head(64, (), classes, activation, 0)
     if name == "vgg-19":
         features = _features(_VGG_GROUPS, shape[0], activation, batch_norm=True)
         # the last group is pooled over the whole image instead
-        return [*features[:-1], ("avgpool", nn.AdaptiveAvgPool2d(1))] + _head(512, (), classes, activation)
+        return [*features[:-1], ("avgpool", nn.AdaptiveAvgPool2d(1))] + _head(512, (), classes, activation, 0)
     groups = _GROUPS[name]
     channels = groups[-1][1] if groups else shape[0]
     inputs = channels * (shape[1] >> len(groups)) * (shape[2] >> len(groups))
     widths = (256, 256) if groups else (300, 100)
-    return _features(groups, shape[0], activation) + _head(inputs, widths, classes, activation)
+    return _features(groups, shape[0], activation) + _head(inputs, widths, classes, activation, dropout)
 
 
 def _features(groups, inputs, activation, batch_norm=False):
@@ -182,9 +204,10 @@ def _resnet(channels):
     return [*stem, ("relu", nn.ReLU()), *blocks, ("avgpool", nn.AdaptiveAvgPool2d(1))]
 
 
-def _head(inputs, widths, classes, activation):
+def _head(inputs, widths, classes, activation, dropout):
     layers = [("flatten", nn.Flatten())]
     for width in widths:
         layers += [("fc", nn.Linear(inputs, width)), (activation, ACTIVATIONS[activation]())]
+        layers += [("dropout", Dropout(dropout))] if dropout else []
         inputs = width
     return [*layers, ("output", nn.Linear(inputs, classes))]

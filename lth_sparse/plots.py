@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,13 @@ ARMS = {  # colour, marker, and the dashes that tell arms apart where the colour
     "reinit-chain": (PALETTE[4], "^", "-."),
     "random": (PALETTE[3], "D", ":"),
 }
+MARKERS, DASHES = "osD^vP*", ("-", "--", ":", "-.")
 PANELS = {  # of the figure `tickets`: what is drawn, its title, what to multiply it with
     "early_stop_iteration": ("early-stop iteration", 1),
     "test_accuracy": ("test accuracy at early stop (%)", 100),
     "final_test_accuracy": ("test accuracy at end of training (%)", 100),
 }
+SHOWN = 4  # arms at most in the figure of curves, where each has two lines or more
 PAPER_PERCENT = (100, 51.3, 21.1, 7.0, 3.6, 1.9, 0.2)  # rounds 0, 3, 7, 12, 15, 18, 28 of LeNet
 STATISTICS = ("mean", "min", "max")
 STYLE = {
@@ -69,13 +73,14 @@ def tickets_figure(data: dict):
     Frankle & Carbin 2019, Figures 1 and 4; bars from min to max over trials where there are several.
     """
     figure, panels = _panels(data, 3, (12, 4))
+    drawn = styles(row["arm"] for row in data["rows"])
     for axes, (key, (title, unit)) in zip(panels, PANELS.items(), strict=True):
         shown = []
-        for arm, (colour, marker, _) in ARMS.items():
+        for arm, (colour, marker, _) in drawn.items():
             rows = sorted((row for row in data["rows"] if row["arm"] == arm), key=lambda row: row["round"])
             if rows:
                 values = {name: [(row[key] or {}).get(name) for row in rows] for name in STATISTICS}
-                style = {"color": colour, "marker": marker, "ls": "-" if arm == "ticket" else "--", "label": arm}
+                style = {"color": colour, "marker": marker, "ls": "--" if arm in tuple(ARMS)[1:] else "-", "label": arm}
                 percents, several = [100 * row["density"] for row in rows], [row["n"] > 1 for row in rows]
                 shown += _line(axes, percents, values, unit, several, ms=4, **style)
         axes.set(title=title, xlabel="percent of weights remaining")
@@ -85,8 +90,18 @@ def tickets_figure(data: dict):
             axes.set_ylim(bottom=0)
         else:
             _zoom(axes, shown, shown)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(drawn), 6))
     return figure
+
+
+def styles(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and dashes of each arm or variant: those of `ARMS`, and others that none of them has."""
+    names = list(dict.fromkeys(names))
+    taken = {ARMS[name][0] for name in names if name in ARMS}
+    spare = cycle([colour for colour in PALETTE if colour not in taken])
+    others = zip((name for name in names if name not in ARMS), spare, cycle(MARKERS), cycle(DASHES), strict=False)
+    own = {name: (colour, marker, dashes) for name, colour, marker, dashes in others}
+    return {name: ARMS.get(name) or own[name] for name in names}
 
 
 def accuracy_data(summary: dict, curves: dict) -> dict | None:
@@ -96,8 +111,11 @@ def accuracy_data(summary: dict, curves: dict) -> dict | None:
     controls, the dense network and every arm nearest to 51.3% and 21.1%. Shown until 2.5 times the median early stop:
     about 15,000 of LeNet's 50,000 iterations, as in the paper.
     """
-    filled = {arm: {r: c for r, c in curves.get(arm, {}).items() if c["density"] and c["iteration"]} for arm in ARMS}
-    curves = {arm: rounds for arm, rounds in filled.items() if rounds}
+    filled = {
+        arm: {r: c for r, c in rounds.items() if c["density"] and c["iteration"]} for arm, rounds in curves.items()
+    }
+    arms = sorted((arm for arm, rounds in filled.items() if rounds), key=lambda arm: arm != "ticket")
+    curves = {arm: filled[arm] for arm in arms[:SHOWN]}
     if not curves:
         return None
     first = next(iter(curves))
@@ -128,6 +146,7 @@ def accuracy_figure(data: dict):
     """
     sides = [data[side] for side in ("left", "right") if data[side]]
     figure, panels = _panels(data, len(sides), (6 * len(sides), 5), sharey=True)
+    drawn = styles(line["arm"] for lines in sides for line in lines)
     colours = dict(zip((line["round"] for line in data["left"]), PALETTE, strict=False))
     until = data["shown_until"]
     shown, late = [], []
@@ -135,7 +154,7 @@ def accuracy_figure(data: dict):
         arms = list(dict.fromkeys(line["arm"] for line in lines))
         for place, line in enumerate(lines):
             x = np.array(line["iteration"])
-            style = {"color": colours[line["round"]], "ls": ARMS[line["arm"]][2], "marker": "" if len(x) > 1 else "o"}
+            style = {"color": colours[line["round"]], "ls": drawn[line["arm"]][2], "marker": "" if len(x) > 1 else "o"}
             style["label"] = f"{_percent(100 * line['density'])}%" + f" {line['arm']}" * (len(arms) > 1)
             several = [line["n"] > 1] * len(x)
             # the bars of each line start at another evaluation, or they would lie on one another

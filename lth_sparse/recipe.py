@@ -4,18 +4,18 @@ import hashlib
 import json
 import math
 import os
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from difflib import get_close_matches
 
 import torch
 
 from . import data, dispatch, models, scores
+from .arms import ARMS
 from .prune import SCOPES, check_rate
 
-ARMS = ("ticket", "reinit", "reinit-chain", "random")
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "radam", "sgd")
+LOSSES = ("cross-entropy", "squared-error")
 PRECISIONS = ("fp32", "tf32", "bf16")
 AUGMENTATIONS = ("none", "crop-flip")
 
@@ -34,13 +34,26 @@ PAPER = {
 _DIGITS = dict(rounds=8, iterations="2000", evaluate_every="50")
 _AUGMENTED = ("resnet-18", "vgg-19")  # paper, appendix I
 _DEFAULTS = dict(rounds=20, evaluate_every="100", milestones=(), momentum=0.9, weight_decay=0.0)
-_RANGES = dict(rounds=(0, 200), trials=(1, 1000), batch_size=(1, 2**20), threads=(0, 1024), seed=(0, 2**63 - 1))
+_RANGES = dict(
+    rounds=(0, 200),
+    trials=(1, 1000),
+    batch_size=(1, 2**20),
+    untrained=(0, 1),
+    learn_masks=(0, 10**9),
+    threads=(0, 1024),
+    seed=(0, 2**63 - 1),
+)
 # LeNet has no convolution, and the only Linear of the deep networks, their output, stays whole.
 _RATES = {"lenet-300-100": ("prune_rate_fc",), "resnet-18": ("prune_rate_conv",), "vgg-19": ("prune_rate_conv",)}
 
 
 def _option(default, text, *aliases, **more):
     return field(default=default, metadata={"help": text, "aliases": aliases, **more})
+
+
+def _off(default, text, **more):
+    """An option that changes nothing at its default, so that what ran before there was one keeps its identity."""
+    return _option(default, text, off=True, **more)
 
 
 @dataclass(frozen=True)
@@ -54,15 +67,21 @@ class Recipe:
     dataset: str = _option("mnist", "the data set", choices=data.NAMES)
     rounds: int | None = _option(None, "how often to prune (20; digits 8)")
     iterations: str | None = _option(None, "training steps per round", "--max-iteration")
+    first_iterations: str = _off("", "training steps of round 0, if others")
     trials: int = _option(1, "independent repetitions", "--num-repetitions")
     arms: tuple[str, ...] = _option(("ticket", "reinit", "random"), f"what to train, of {', '.join(ARMS)}")
+    tickets_of: str = _off("", "a run whose tickets are trained here: a folder, or another variant of the recipe")
+    without: str = _off("", "a run from whose initial network its winning ticket is taken away, to start from the rest")
     scope: str | None = _option(None, "rank weights per layer or over all of them", choices=SCOPES)
     prune_rate_fc: float | None = _option(None, "rate per round of linear layers; the output layer gets half")
     prune_rate_conv: float | None = _option(None, "rate per round of convolutions")
+    final_density: float = _off(0.0, "the rates at which each layer that is pruned keeps this part at the end")
+    exclude: tuple[str, ...] = _off((), "layers that are kept whole, as output,conv1")
     score: str = _option("magnitude", "which weights stay", choices=tuple(scores.SCORES))
     rewind: str = _option("0", "rewind to this iteration (or 2ep, or a fraction of the training: 0.02)")
-    optimizer: str | None = _option(None, "adam, adamw or sgd with momentum", choices=OPTIMIZERS)
+    optimizer: str | None = _option(None, "adam, adamw, radam, or sgd with momentum", choices=OPTIMIZERS)
     lr: float | None = _option(None, "learning rate", "--learning-rate")
+    loss: str = _off("cross-entropy", "squared-error: a regression of the ten indicators", choices=LOSSES)
     momentum: float | None = _option(None, "momentum of sgd (0.9)")
     weight_decay: float | None = _option(None, "weight decay")
     milestones: tuple[str, ...] | None = _option(None, "when the learning rate falls to a tenth, as 20000,25000")
@@ -71,7 +90,12 @@ class Recipe:
     evaluate_every: str | None = _option(None, "steps between evaluations (100; digits 50)", "--validate-each")
     validation_size: int | None = _option(None, "images held out (5000; digits 180)", "--val-set-size")
     normalization: str = _option("unit", "scaling of the inputs", choices=data.NORMALIZATIONS)
+    images: str = _off("original", "grey-28: grey and 28x28, in the shape of MNIST", choices=data.IMAGES)
     activation: str = _option("relu", "of the hidden layers", choices=tuple(models.ACTIVATIONS))
+    dropout: float = _off(0.0, "before each linear layer of conv-2, -4 and -6 but the first")
+    perturbation: float = _off(0.0, "noise, in deviations of a layer, on its smallest weights after each epoch")
+    untrained: int = _off(0, "1: evaluate tickets before their training too")
+    learn_masks: int = _off(0, "also learn masks of the untrained network, for so many steps of 250 images")
     precision: str = _option("fp32", "arithmetic of the training", choices=PRECISIONS)
     augmentation: str | None = _option(
         None, "of training images (crop-flip for resnet-18 and vgg-19 on cifar10)", choices=AUGMENTATIONS
@@ -87,7 +111,7 @@ class Recipe:
         for f in fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             if choices and value is not None and value not in choices:
-                raise ValueError(f"unknown {f.name} {value!r}: choose from {', '.join(choices)}")
+                raise ValueError(unknown(f.name, value, choices))
         defaults = _DEFAULTS | PAPER[self.model] | (_DIGITS if self.dataset == "digits" else {})
         defaults["augmentation"] = "crop-flip" if self.dataset == "cifar10" and self.model in _AUGMENTED else "none"
         for name, value in defaults.items():
@@ -108,6 +132,8 @@ class Recipe:
         if iterations < 1:
             raise ValueError(f"iterations must be 1 or more, got {self.iterations}")
         resolved = {"iterations": iterations}
+        if self.first_iterations:
+            resolved["first_iterations"] = steps("first_iterations", self.first_iterations, epoch)
         for name, least in {"rewind": 0, "warmup": 0, "evaluate_every": 1}.items():
             resolved[name] = steps(name, getattr(self, name), epoch, iterations)
             if not least <= resolved[name] <= iterations - (name == "rewind"):
@@ -117,29 +143,30 @@ class Recipe:
         threads = self.threads or max(1, (os.cpu_count() or 1) // (len(self.arms) * self.trials))
         return replace(self, **resolved, threads=threads)
 
+    def settings(self) -> dict:
+        """Every field, but options that change nothing."""
+        off = {f.name for f in fields(self) if f.metadata.get("off") and getattr(self, f.name) == f.default}
+        return {name: value for name, value in asdict(self).items() if name not in off}
+
     def identity(self) -> str:
         """Eight hexadecimal digits that differ when any setting does."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return digest(self.settings())
 
     @property
     def name(self) -> str:
         return f"{self.model}-{self.dataset}"
 
 
-def read(path: Path, scale: str | None = None, /, **changes) -> Recipe:
-    """The recipe in a TOML file: its `[settings]`, changed by its `[scale.NAME]`, changed by `changes`.
+def digest(content: object) -> str:
+    """Eight hexadecimal digits of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
-    Raises:
-        ValueError: not TOML, an unknown entry, setting or scale, or a value out of range.
-    """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a recipe in TOML: {error}") from error
-    settings, scales = _tables(document, path)
-    if scale is not None and scale not in scales:
-        raise ValueError(f"{path} has no scale {scale!r}: choose from {', '.join(scales) or 'none'}")
-    return parse({**settings, **scales.get(scale, {}), **changes})
+
+def unknown(what: str, given: object, known: Iterable[str]) -> str:
+    """A sentence that names the known thing nearest to what was given, or all where none is near."""
+    known = list(known)
+    near = get_close_matches(str(given), known, n=1)
+    return f"unknown {what} {given!r}: " + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}")
 
 
 def parse(settings: Mapping[str, object]) -> Recipe:
@@ -151,7 +178,7 @@ def parse(settings: Mapping[str, object]) -> Recipe:
     known = {f.name: f for f in fields(Recipe)}
     for name in settings:
         if name not in known:
-            raise ValueError(f"unknown setting {name!r}: choose from {', '.join(known)}")
+            raise ValueError(unknown("setting", name, known))
     return Recipe(**{name: _read(known[name], value) for name, value in settings.items() if value is not None})
 
 
@@ -174,15 +201,6 @@ def steps(name: str, given: str | int | float, epoch: float, whole: int | None =
     except (ValueError, OverflowError):
         raise ValueError(f"{name} must be iterations (500) or epochs (2ep), got {given!r}") from None
     return count
-
-
-def _tables(document, path):
-    """`[settings]` and `[scale]`; source and cost are for readers."""
-    settings, scales = document.get("settings", {}), document.get("scale", {})
-    tables = [settings, scales, *(scales.values() if isinstance(scales, dict) else ())]
-    if set(document) - {"source", "cost", "settings", "scale"} or not all(isinstance(t, dict) for t in tables):
-        raise ValueError(f"{path} may hold source, cost, [settings] and [scale.NAME], got {', '.join(document)}")
-    return settings, scales
 
 
 def _read(f, value):
@@ -219,12 +237,25 @@ def _check(recipe: Recipe) -> None:
     for name, least in {"lr": 1e-12, "momentum": 0, "weight_decay": 0}.items():
         if not least <= getattr(recipe, name) < math.inf:
             raise ValueError(f"{name} must be a number of {least} or more, got {getattr(recipe, name)}")
-    unknown = [arm for arm in recipe.arms if arm not in ARMS]
-    if unknown or not recipe.arms or len(set(recipe.arms)) < len(recipe.arms):
-        raise ValueError(f"arms must be different ones of {', '.join(ARMS)}, got {','.join(recipe.arms) or 'none'}")
-    if "reinit" in recipe.arms and "ticket" not in recipe.arms:
-        raise ValueError("the arm 'reinit' takes the masks of the arm 'ticket', which arms lacks")
+    for name, below in {"dropout": 1, "final_density": 1, "perturbation": math.inf}.items():
+        if not 0 <= getattr(recipe, name) < below:
+            raise ValueError(f"{name} must be at least 0 and below {below}, got {getattr(recipe, name)}")
+    _check_arms(recipe)
     _check_device(recipe)
+
+
+def _check_arms(recipe):
+    for arm in recipe.arms:
+        if arm not in ARMS:
+            raise ValueError(unknown("entry of arms", arm, ARMS))
+        lacking = [other for other in ARMS[arm].masks_of if other not in recipe.arms]
+        if lacking:
+            raise ValueError(f"the arm {arm!r} takes the masks of the arm {lacking[0]!r}, which arms lacks")
+    if not recipe.arms or len(set(recipe.arms)) < len(recipe.arms):
+        raise ValueError(f"arms must be one or more, each once, got {','.join(recipe.arms) or 'none'}")
+    own = [arm for arm in recipe.arms if arm != "ticket" and not ARMS[arm].masks_of]
+    if recipe.tickets_of and own:
+        raise ValueError(f"with tickets_of all masks are those of its tickets, but the arm {own[0]!r} makes its own")
 
 
 def _check_device(recipe):

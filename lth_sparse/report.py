@@ -12,6 +12,7 @@ _MEASURES = {
     "train_accuracy": lambda result: result["train_accuracy"],
     "seconds": lambda result: result["seconds"],
 }
+_OBSERVED = ("untrained_accuracy", "barrier", "joules")  # in some results only
 _EXPORTS = {"ticket": "data.json", "random": "data_random.json", "reinit-chain": "data_reinit.json"}
 
 
@@ -43,13 +44,49 @@ def summarize(run: Path) -> dict:
         f"{r['arm']} trial {r['trial']}: {r['status']} at round {r['round']}" for r in found if r["status"] != "done"
     ]
     planned = (settings["rounds"] + 1) * settings["trials"] * len(settings["arms"])
+    rows = [_row(arm, round, group) for (arm, round), group in groups.items()]
+    supermasks = _supermasks(run, rows, settings)
     return {
         **recipe,
+        **({"supermasks": supermasks, "n": settings["trials"]} if supermasks else {}),
         "environment": runs.read_json(run / "environment.json"),
         "status": {"done": len(found), "planned": planned, "ended_early": early},
-        "winning_ticket": _winner(found),
-        "rows": [_row(arm, round, group) for (arm, round), group in groups.items()],
+        "winning_ticket": winner(found),
+        "rows": rows,
     }
+
+
+def variants(run: Path) -> dict[str, Path]:
+    """The folders of a run's variants by name, or the run itself as "", those that have not begun left out.
+
+    Raises:
+        ValueError: `run` is no run folder.
+    """
+    if not (run / "recipe.json").is_file():
+        raise ValueError(f"{run} is not a run folder: it has no recipe.json")
+    names = runs.read_json(run / "recipe.json").get("variants")
+    if names is None:
+        return {"": run}
+    return {name: run / name for name in names if (run / name / "recipe.json").is_file()}
+
+
+def saved(recipe: Path) -> str:
+    """The state of what is committed beside a recipe's file, in results/NAME: "-" where there is nothing."""
+    found = sorted((recipe.parent / "results" / recipe.stem).rglob("summary.json"))
+    done, planned = (sum(runs.read_json(path)["status"][key] for path in found) for key in ("done", "planned"))
+    return f"{done} of {planned} rounds" if found else "-"
+
+
+def side_by_side(summaries: dict[str, dict]) -> dict:
+    """A summary whose rows are those of each variant's first arm, under the variant's name: what figures compare."""
+    rows = [
+        row | {"arm": name}
+        for name, summary in summaries.items()
+        for row in summary["rows"]
+        if row["arm"] == summary["settings"]["arms"][0]
+    ]
+    first = next(iter(summaries.values()))
+    return first | {"rows": rows}
 
 
 def curves(run: Path) -> dict[str, dict[int, dict]]:
@@ -118,19 +155,47 @@ def _exported(run, settings, found) -> dict:
 
 def _row(arm, round, group) -> dict:
     measures = {name: _spread([measure(result) for result in group]) for name, measure in _MEASURES.items()}
-    return {"arm": arm, "round": round, "density": group[0]["density"], "n": len(group), **measures}
+    for name in _OBSERVED:
+        found = [result[name] for result in group if result.get(name) is not None]
+        measures |= {name: _spread(found)} if found else {}
+    measures |= {name: _by_layer(name, group) for name in ("sign_changes", "dead_units") if group[0].get(name)}
+    weights = sum(kept for kept, _ in group[0]["kept"].values())
+    return {"arm": arm, "round": round, "density": group[0]["density"], "weights": weights, "n": len(group), **measures}
 
 
-def _winner(found) -> dict | None:
-    """The sparsest ticket of trial 0 that is at least as accurate on validation as the dense network, at early stop."""
-    trained = [r for r in found if r["arm"] == "ticket" and r["trial"] == 0 and r["status"] != "diverged"]
+def _by_layer(name, group):
+    """The mean over trials for each layer."""
+    return {layer: sum(result[name][layer] for result in group) / len(group) for layer in group[0][name]}
+
+
+def _supermasks(run, rows, settings) -> dict:
+    """Test accuracies of untrained networks: of heuristic masks at their best level, and of learned ones."""
+    found = {}
+    score = settings.get("score", "magnitude")
+    heuristic = {"ticket": score, "constant-sign": f"{score}-constant"}
+    for arm, name in heuristic.items():
+        levels = [row["untrained_accuracy"] for row in rows if row["arm"] == arm and "untrained_accuracy" in row]
+        found |= {name: max(levels, key=lambda level: level["mean"])} if levels else {}
+    learned: dict[str, list[float]] = {}
+    for path in sorted(run.glob("learned*/trial_*/round_00/mask.json")):
+        mask = runs.read_json(path)
+        learned.setdefault(mask["mask"], []).append(mask["test_accuracy"])
+    return found | {name: _spread(accuracies) for name, accuracies in learned.items()}
+
+
+def winner(found: list[dict], trial: int = 0) -> dict | None:
+    """The sparsest ticket of a trial that is at least as accurate on validation as the dense network, at early stop.
+
+    `found` are results as `results` returns them; None where the dense network is not among them.
+    """
+    trained = [r for r in found if r["arm"] == "ticket" and r["trial"] == trial and r["status"] != "diverged"]
     tickets = {r["round"]: r for r in trained}
     if 0 not in tickets:
         return None
     accuracy = {round: result["early_stop"]["validation_accuracy"] for round, result in tickets.items()}
-    winner = tickets[max(round for round in accuracy if accuracy[round] >= accuracy[0])]
-    early_stop = {"early_stop": winner["early_stop"], "dense": tickets[0]["early_stop"]}
-    return {"round": winner["round"], "density": winner["density"], **early_stop}
+    best = tickets[max(round for round in accuracy if accuracy[round] >= accuracy[0])]
+    early_stop = {"early_stop": best["early_stop"], "dense": tickets[0]["early_stop"]}
+    return {"round": best["round"], "density": best["density"], **early_stop}
 
 
 def _spread(values) -> dict:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import platform
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,13 +18,16 @@ import torch
 
 from .checkpoint import write_bytes
 from .recipe import Recipe
+from .recipes import Experiment
 
 _FIRST = ("lock", "environment.json", "recipe.json")  # all that a folder holds whose making was interrupted
 
 
 @contextlib.contextmanager
-def opened(recipe: Recipe, name: str, out: Path | None = None):
+def opened(recipe: Recipe | Experiment, name: str, out: Path | None = None, **about):
     """Make or reopen the folder of a resolved recipe, for one writer at a time; yields its Path.
+
+    `about` stands in recipe.json beside the settings, and may change from time to time.
 
     Raises:
         ValueError: the folder was made with other settings, or another process is writing there.
@@ -34,7 +36,8 @@ def opened(recipe: Recipe, name: str, out: Path | None = None):
     import fcntl  # absent on Windows, where the rest of the library works
 
     folder = out or Path("runs") / f"{name}--{recipe.identity()}"
-    wanted = {"name": name, "identity": recipe.identity(), "settings": _plain(asdict(recipe))}
+    wanted = {"name": name, "identity": recipe.identity(), "settings": plain(recipe.settings())}
+    wanted |= plain(about)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the run folder {folder} is a file")
     if (folder / "recipe.json").exists():
@@ -65,12 +68,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: object, indent: int | None = 1) -> None:
     """Write JSON by rename; NaN becomes null, which JSON knows."""
-    write_text(path, json.dumps(_plain(content), indent=indent, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(content), indent=indent, allow_nan=False) + "\n")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Write one JSON object per line, by rename."""
-    write_text(path, "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> dict:
@@ -119,15 +122,16 @@ def _version(package):
 
 def _refuse_other(folder, wanted):
     found = read_json(folder / "recipe.json").get("settings", {})
-    differ = [f"{key} {found.get(key)!r}, not {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
+    keys = dict.fromkeys([*wanted, *found])
+    differ = [f"{key} {found.get(key)!r}, not {wanted.get(key)!r}" for key in keys if found.get(key) != wanted.get(key)]
     if differ:
         raise ValueError(f"{folder} was made with other settings ({'; '.join(differ)}): name another with --out")
 
 
-def _plain(value):
+def plain(value):
     """`value` with tuples as lists and floats that are not finite as None, as it comes back from JSON."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value

@@ -192,10 +192,10 @@ class Parsed(Exception):
 
 
 def parsed(arguments, monkeypatch):
-    def run(given, data_dir, *more):
-        raise Parsed(given, data_dir)
+    def run(asked, data_dir, *more):
+        raise Parsed(*asked.variants.values(), data_dir)
 
-    monkeypatch.setattr(cli.experiment, "run", run)
+    monkeypatch.setattr(cli.experiment, "run_all", run)
     with pytest.raises(Parsed) as caught:
         main(arguments)
     return caught.value.args

@@ -20,7 +20,8 @@ FLOORS = {
     for floor, names in {
         5: "cli __main__ progress",
         4.5: FACADE,
-        4: "arms lottery training data models supermask runs report plots claims recipe recipes experiment across observations tables",
+        4: "lottery arms training data models supermask runs report tables plots claims recipe recipes experiment "
+        "across observations",
         3: "convert packing prune structured checkpoint measures",
         2: "scores actions nn masks hooks optim packed",
         1: "ops dispatch costs",

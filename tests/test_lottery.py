@@ -127,9 +127,9 @@ ARMS = ("ticket", "reinit", "reinit-chain", "random")
 def chains(arms=ARMS, trial=0, rewind=0, **pruning):
     leaders = {}
     for arm in arms:
-        leader = leaders["ticket"] if arm == "reinit" else None
+        leader = (leaders["ticket"],) if arm == "reinit" else ()
         own = {"rate": 0.5, "score": "random" if arm == "random" else "magnitude"} | pruning
-        leaders[arm] = Chain(small(), 7, arm, trial, own, None, leader, rewind)
+        leaders[arm] = Chain(small(), 7, arm, trial, own, leaders=leader, rewind=rewind)
     return list(leaders.values())
 
 

@@ -349,7 +349,7 @@ def test_options_may_change_between_steps(ours, torchs, options, change):
         (kind(given, 0.1, fused=True, **options), given)
         for kind, given in zip((ours, torchs), (parameters(), parameters()), strict=True)
     ]
-    for optimizer, given in sides:
+    for optimizer, _ in sides:
         train(optimizer, 3)
         for group in optimizer.param_groups:
             group.update(change)

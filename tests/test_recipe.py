@@ -1,15 +1,12 @@
-"""Recipes: the paper's values, spellings, steps, refusals of one sentence, identity, and the TOML files."""
+"""Recipes: the paper's values, spellings, steps, refusals of one sentence, and identity."""
 
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from lth_sparse import recipe
-from lth_sparse.recipe import Recipe, parse, read, steps
+from lth_sparse.recipe import Recipe, parse, steps
 
-EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
 FIXED = {"device": "cpu", "threads": 1}
 LENET_MNIST = "66f582fe"  # changes only when the meaning of a run does: every run folder carries it
 
@@ -114,6 +111,12 @@ def test_resolve_makes_numbers_and_once_is_enough():
         *({name: "best"} for name in ("activation", "precision", "device")),
         {"precision": "tf32", "device": "cpu"},
         {"learning_rate": 0.1},
+        *({"dropout": value} for value in (1, -0.1, "nan")),
+        *({"final_density": value} for value in (1, -0.1)),
+        {"perturbation": "inf"},
+        {"arms": "union,ticket"},
+        {"tickets_of": "runs/mine", "arms": "ticket,random"},
+        *({name: "best"} for name in ("loss", "images")),
     ],
     ids=str,
 )
@@ -151,6 +154,20 @@ def test_identity_is_pinned():
     assert Recipe(**FIXED).resolve(55_000).identity() == LENET_MNIST
 
 
+def test_options_that_are_off_are_no_part_of_it():
+    off = dict(dropout=0.0, loss="cross-entropy", exclude=(), tickets_of="", final_density=0.0)
+    assert Recipe(**FIXED, **off).resolve(55_000).identity() == LENET_MNIST
+    assert not set(off) & set(Recipe(**FIXED).settings()) and Recipe(dropout=0.5, **FIXED).settings()["dropout"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings, meant",
+    [({"itertions": 3}, "'iterations'"), ({"optimizer": "adamm"}, "'adam'"), ({"arms": "ticket,reinitt"}, "'reinit'")],
+)
+def test_the_nearest_valid_name_is_told(settings, meant):
+    assert f"did you mean {meant}" in refusal(parse, settings)
+
+
 def test_identity_changes_with_every_field():
     base = Recipe(model="conv-2", dataset="cifar10", **FIXED).resolve(45_000)
     other = dict(model="conv-4", dataset="mnist", arms=("ticket",), scope="global", optimizer="sgd", milestones=(7,))
@@ -163,39 +180,3 @@ def test_identity_changes_with_every_field():
         seen.add(changed.identity())
     assert len(seen) == len(fields(Recipe)) + 1
     assert all(len(identity) == 8 and int(identity, 16) >= 0 for identity in seen)
-
-
-def test_read(tmp_path):
-    path = tmp_path / "a.toml"
-    path.write_text('cost = "x"\n[settings]\ndataset = "digits"\nlr = 0.5\narms = ["ticket"]\n[scale.big]\nrounds = 9')
-    assert (read(path).rounds, read(path).lr, read(path).arms) == (8, 0.5, ("ticket",))
-    assert (read(path, "big").rounds, read(path, "big", rounds="2", lr="0.25").rounds) == (9, 2)
-    assert read(path, "big", milestones="100, 2ep,").milestones == ("100", "2ep")
-    assert "'small'" in refusal(read, path, "small")
-    assert "'path'" in refusal(read, path, None, **{"path": "3"})
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("lr = ", "TOML"),
-        ("[settings]\nlearning = 1", "'learning'"),
-        ("[setings]\nlr = 1", "setings"),
-        ("settings = 3", "settings"),
-        ("scale = 3", "scale"),
-        ("[scale]\nsmoke = 3", "scale"),
-        ("[settings]\nlr = [1]", "lr"),
-    ],
-)
-def test_read_refuses(tmp_path, text, words):
-    (tmp_path / "a.toml").write_text(text)
-    assert words in refusal(read, tmp_path / "a.toml")
-    (tmp_path / "a.toml").write_bytes(b"\xff\xfe\x00")
-    assert "TOML" in refusal(read, tmp_path / "a.toml")
-
-
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_experiments_are_recipes(path):
-    scales = [None, *recipe.tomllib.loads(path.read_text(encoding="utf-8")).get("scale", {})]
-    for scale in scales:
-        assert read(path, scale).resolve(1257).identity()

@@ -19,7 +19,9 @@ def write(run, arm, trial, round, rows, stop=0, **more):
     folder = runs.round_folder(run, arm, trial, round)
     folder.mkdir(parents=True)
     runs.write_rows(folder / "metrics.jsonl", rows)
+    kept = {"fc1": [int(1000 * DENSITY[round]), 1000]}
     content = {"arm": arm, "trial": trial, "round": round, "status": "done", "density": DENSITY[round]}
+    content |= {"kept": kept}
     content |= {"early_stop": rows[stop], "final": rows[-1], "train_accuracy": 0.9 + trial / 10, "seconds": 4 * trial}
     runs.write_json(folder / "result.json", content | more)
 

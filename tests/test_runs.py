@@ -60,7 +60,7 @@ def test_a_folder_whose_making_was_interrupted_is_ours(tmp_path, left):
     for name in left:
         (tmp_path / "run" / name).write_text("{")
     with runs.opened(tiny(), "demo", tmp_path / "run") as folder:
-        assert runs.read_json(folder / "environment.json") == runs._plain(runs.environment())
+        assert runs.read_json(folder / "environment.json") == runs.plain(runs.environment())
 
 
 def test_one_writer_at_a_time(tmp_path):

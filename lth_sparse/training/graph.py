@@ -20,6 +20,8 @@ class Steps:
     def __init__(self, learner, cuda: bool):
         self.learner, self.graph = learner, None
         self.captured: bool | str = cuda or "there is no CUDA device"
+        if cuda and getattr(learner, "draws", False):
+            self.captured = "each step draws from a seed of its own, on the host"
         if hasattr(learner, "steps"):
             self.captured = "many steps are one launch"
         self.warm = False

@@ -43,6 +43,7 @@ class Group:
         self.kept: dict[str, Tensor] = {}
         size = len(data.train.labels)
         self.orders = [Order(size, recipe.batch_size, ticket.seed, recipe.device) for ticket in tickets]
+        self.learner.seed = tickets[0].seed
         self.steps = Steps(self.learner, recipe.device == "cuda")
 
     def run(self, on_metrics: Callable[[str, dict], None], halt: threading.Event, turns: Turns) -> list[Result]:
@@ -73,6 +74,7 @@ class Group:
         iterations = range(self.iteration, self.iteration + count)
         indices = torch.stack([order.batches(self.iteration, count) for order in self.orders], 1)
         rates = [learning_rate(self.recipe, i, self.tickets[0].fine_tune) for i in iterations]
+        self.learner.iteration = self.iteration
         self.steps.take(indices, self._moves(iterations), rates)
         self.iteration += count
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from torch import Tensor
+from torch.optim import RAdam
 
 from .. import optim
 from ..recipe import Recipe
@@ -13,6 +14,8 @@ def make_optimizer(parameters: Iterable[Tensor], recipe: Recipe):
     options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "sgd":
         return optim.SGD(parameters, momentum=recipe.momentum, **options)
+    if recipe.optimizer == "radam":
+        return RAdam(parameters, **options)
     return (optim.Adam if recipe.optimizer == "adam" else optim.AdamW)(parameters, **options)
 
 

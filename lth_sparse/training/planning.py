@@ -46,7 +46,9 @@ def _key(ticket, number, recipe):
 
 def _stacks(model, recipe) -> bool:
     exact = recipe.precision == "fp32" or recipe.device == "cuda"  # bf16 on the CPU is autocast's
-    return exact and recipe.augmentation == "none" and perceptron(model) is not None and not _is_frozen(model)
+    plain = recipe.augmentation == "none" and recipe.loss == "cross-entropy" and not recipe.perturbation
+    plain = plain and recipe.optimizer != "radam" and not _is_frozen(model)
+    return exact and plain and perceptron(model) is not None
 
 
 def _is_frozen(model) -> bool:

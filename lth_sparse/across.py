@@ -1,0 +1,103 @@
+"""What a run takes from another: its tickets, its network without them, or what it has finished."""
+
+import shutil
+from pathlib import Path
+
+from . import checkpoint, report, runs
+from .actions import reinit_, snapshot
+from .lottery import Chain, merged
+from .masks import get_masks
+from .recipe import Recipe
+
+_FREE = ("arms", "trials", "rounds")  # settings that no bit of a chain's rounds depends on
+
+
+def find(given: str, out: Path | None) -> Path:
+    """The run folder of that path, or the variant of that name beside `out`; ValueError where it is none."""
+    for folder in ([out.parent / given] if out else []) + [Path(given)]:
+        if (folder / "recipe.json").is_file():
+            return folder
+    raise ValueError(f"{given!r} is no run folder, and no variant that ran before this one")
+
+
+def take_tickets(chains: list[Chain], source: Path, recipe: Recipe) -> None:
+    """Give the arm `ticket` the masks of all rounds, and the values to rewind to, of the run in `source`.
+
+    Raises:
+        ValueError: that run is of another model or seed, or has fewer rounds or trials.
+    """
+    _check_alike(source, recipe)
+    for chain in (chain for chain in chains if chain.arm == "ticket"):
+        for round in range(recipe.rounds + 1):
+            folder = runs.round_folder(source, "ticket", chain.trial, round)
+            if not (folder / "ticket.safetensors").is_file():
+                raise ValueError(f"rounds must be at most {round - 1}, as {folder.parent} has no {folder.name}")
+            checkpoint.load_(chain.model, folder / "ticket.safetensors")
+            chain.masks[round] = get_masks(chain.model)
+        chain.start = _stored(chain, source, "rewind")
+        if chain.start:
+            chain.initial = snapshot(chain.draw_())
+
+
+def take_network_without(chains: list[Chain], source: Path, recipe: Recipe) -> None:
+    """Start from the initial network of `source` with the values of its winning ticket drawn anew (lecode, idea 5).
+
+    Of a run whose winner is the dense network the sparsest ticket is taken.
+
+    Raises:
+        ValueError: that run is of another model or seed, or has no ticket.
+    """
+    _check_alike(source, recipe)
+    found = [result for result in report.results(source) if result["arm"] == "ticket" and result["round"]]
+    for chain in chains:
+        rounds = [result["round"] for result in found if result["trial"] == chain.trial]
+        if not rounds:
+            raise ValueError(f"{source} has no ticket of trial {chain.trial}")
+        winner = report.winner(report.results(source), chain.trial)
+        round = winner["round"] if winner and winner["round"] else max(rounds)
+        old = _stored(chain, source, "initial") or snapshot(chain.draw_())
+        fresh = snapshot(reinit_(chain.model, chain.generator("without", 0)))
+        checkpoint.load_(chain.model, runs.round_folder(source, "ticket", chain.trial, round) / "ticket.safetensors")
+        chain.initial = merged(get_masks(chain.model), fresh, old)
+
+
+def take_finished(chains: list[Chain], source: Path, recipe: Recipe, folder: Path) -> None:
+    """Copy the rounds that `source` has finished of these chains into the run `folder`, where it has none yet.
+
+    Raises:
+        ValueError: the settings of `source` differ in more than arms, trials and rounds.
+    """
+    theirs = runs.read_json(source / "recipe.json").get("settings", {})
+    mine = runs.plain(recipe.settings())
+    differ = [key for key in {**theirs, **mine} if key not in _FREE and theirs.get(key) != mine.get(key)]
+    if differ:
+        raise ValueError(f"{source} cannot be gone on from: it was made with another {', '.join(differ)}")
+    for chain in chains:
+        given, ours = (runs.round_folder(run, chain.arm, chain.trial, 0).parent for run in (source, folder))
+        rounds = [path for path in sorted(given.glob("round_*")) if (path / "result.json").exists()]
+        following = given / f"round_{len(rounds):02d}" / "ticket.safetensors"
+        if len(rounds) <= recipe.rounds and not following.exists():
+            rounds = rounds[:-1]  # the last one of a run is not pruned: it is trained again for that
+        if not rounds or ours.exists():
+            continue
+        part = ours.with_name(ours.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        for path in rounds[: recipe.rounds + 1]:
+            shutil.copytree(path, part / path.name)
+        for path in (*given.glob("*.safetensors"), *([following] if following.exists() else [])):
+            target = part / path.relative_to(given)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+        part.rename(ours)
+
+
+def _check_alike(source, recipe):
+    found = runs.read_json(source / "recipe.json").get("settings", {})
+    for name in ("model", "seed"):
+        if found.get(name) != getattr(recipe, name):
+            raise ValueError(f"{source} must have {name} {getattr(recipe, name)!r}, got {found.get(name)!r}")
+
+
+def _stored(chain, source, name):
+    path = runs.round_folder(source, "ticket", chain.trial, 0).parent / f"{name}.safetensors"
+    return checkpoint.read_tensors(path)[0] if path.exists() else None

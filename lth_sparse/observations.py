@@ -1,0 +1,77 @@
+"""What a run looks at beside the training: untrained tickets, learned masks, signs, dead units, barriers."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from . import measures, models, runs, supermask
+from .convert import sparsify_
+from .data import Data, Split
+from .lottery import Chain
+from .recipe import Recipe
+from .training import Result, Ticket
+
+LEARNED = {"learned": False, "learned-rescaled": True}  # with dynamic weight rescaling (Zhou et al. 2019, section 5)
+
+
+def untrained(tickets: list[Ticket], data: Data) -> dict[str, float]:
+    """Test accuracy of each ticket at the values it starts from, by label (Zhou et al. 2019, section 5)."""
+    return {ticket.label: evaluate(ticket.model, data, data.test)[1] for ticket in tickets}
+
+
+def of_round(chain: Chain, round: int, result: Result, data: Data) -> dict:
+    """Sign changes and dead units by layer, at the early stop; of the arm `twin` how far it and the ticket lie apart.
+
+    `barrier` is the rise of the validation error between the two at their early stops (Frankle et al. 2020).
+    """
+    model = chain.become(round, result.best)
+    found = {"dead_units": measures.dead_units(model)}
+    start = chain.leaders[0].start if chain.leaders else chain.start
+    if start and not chain.rule.is_fresh:
+        found["sign_changes"] = measures.sign_changes(start, result.best, chain.masks[round])
+    if chain.arm == "twin" and chain.leaders[0].best:
+        validate = partial(evaluate, data=data, split=data.validation)
+        found["barrier"] = measures.instability(
+            measures.interpolate(model, chain.leaders[0].best, result.best, validate)
+        )
+    return found
+
+
+def learn_masks(recipe: Recipe, data: Data, folder: Path, on_metrics: Callable[[str, dict], None]) -> None:
+    """Learn a mask of each trial's initial network, with rescaling and without; finished ones are left as they are."""
+    for trial in range(recipe.trials):
+        for name in LEARNED:
+            path = runs.round_folder(folder, name, trial, 0)
+            if not (path / "mask.json").exists():
+                path.mkdir(parents=True, exist_ok=True)
+                found = _learn_mask(recipe, data, name, trial, partial(on_metrics, f"{name}/trial_{trial}/round_00"))
+                best = min(found.history, key=lambda row: row["validation_loss"])
+                runs.write_rows(path / "metrics.jsonl", found.history)
+                runs.write_json(path / "mask.json", {"mask": name, "trial": trial, "of": recipe.learn_masks, **best})
+
+
+def _learn_mask(recipe, data, name, trial, on_metrics):
+    model = models.build(recipe.model, data.input_shape, data.classes, recipe.activation)
+    chain = Chain(sparsify_(model).to(recipe.device), recipe.seed, trial=trial)
+    return supermask.learn(
+        chain.draw_(),
+        data,
+        recipe.learn_masks,
+        rescale=LEARNED[name],
+        seed=chain.generator("masks", 0).initial_seed(),
+        on_metrics=lambda row: on_metrics({**row, "of": recipe.learn_masks}),
+    )
+
+
+@torch.no_grad()
+def evaluate(model, data: Data, split: Split) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy of a model over `split`, in eval mode; its mode is as before after."""
+    was, size = model.training, 1000 if split.labels.device.type == "cpu" else 5000
+    model.eval()
+    logits = torch.cat([model(data.inputs(images)).float() for images in split.images.split(size)])
+    model.train(was)
+    correct = (logits.argmax(1) == split.labels).double().mean()
+    return float(F.cross_entropy(logits, split.labels)), float(correct)
