@@ -181,7 +181,7 @@ def _draw(folder, to):
         summaries[name] = report.summarize(run)
         paths += plots.draw(summaries[name], report.curves(run), to / name)
     if "" not in summaries and summaries:
-        paths += plots.draw(report.side_by_side(summaries), {}, to)
+        paths += plots.draw(report.side_by_side(runs.read_json(folder / "recipe.json")["name"], summaries), {}, to)
     return paths
 
 
@@ -252,10 +252,12 @@ def _list_recipes(options):
         listed = {name: asked._asdict() | {"variants": asked.settings()} for name, asked in found.items()}
         print(json.dumps({name: entry | {"result": saved[name]} for name, entry in listed.items()}, indent=1))
         return
-    table = Table("recipe", "source", "claims", "cost", "last result", box=None)
+    table = Table("recipe", "source", "claims", "cost", "result", box=None)
+    table.columns[0].no_wrap = True
     for name, asked in found.items():
         table.add_row(name, asked.source, " ".join(asked.claims), asked.cost, saved[name])
     console.print(table)
+    console.print("CPU: two cores, measured or counted from steps; GPU: one H200, modelled and not yet measured.")
 
 
 def _assignment(text):

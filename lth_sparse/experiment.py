@@ -104,7 +104,7 @@ def run(
                 results = training.train(tickets, loaded, changed, on_evaluation)
             for ticket, result in zip(tickets, results, strict=True):
                 result.how |= {"untrained_accuracy": before[ticket.label]} if before else {}
-                result.how["joules"] = energy.joules and energy.joules / len(results)
+                result.how |= {"joules": energy.joules / len(results)} if energy.joules is not None else {}
             return results
 
         def on_evaluation(label, row):

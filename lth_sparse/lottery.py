@@ -29,8 +29,7 @@ class Chain:
 
     `masks[r]` are the masks of round r, `finished` the rounds that are done, `initial` the values to begin with where
     the seed does not give them, `start` those to rewind to, `carried` the values and the frozen weights of rounds that
-    go on from the one before, `best` those of lowest validation loss in the last one; `batches` are for scores that
-    look at data. An arm ends early with `status` "collapsed"
+    go on from the one before; `batches` are for scores that look at data. An arm ends early with `status` "collapsed"
     (pruning emptied a layer) or "diverged".
     """
 
@@ -49,7 +48,6 @@ class Chain:
     masks: dict[int, Masks] = field(default_factory=dict)
     finished: dict[int, dict] = field(default_factory=dict)
     carried: dict[int, tuple[Masks, Masks]] = field(default_factory=dict)
-    best: Mapping[str, Tensor] | None = None
 
     @property
     def rule(self) -> Arm:
@@ -91,7 +89,7 @@ class Chain:
     def advance(self, round: int, result: Result, rounds: int) -> None:
         """Take the result of `round`, and make the next masks unless it is the last or another arm's are taken."""
         self.start = result.kept or self.start
-        self.status, self.best = result.status, result.best
+        self.status = result.status
         if self.status != "done" or self.leaders or round == rounds:
             return
         if round + 1 not in self.masks and (self.rule.prunes == "each" or round == 0):

@@ -103,6 +103,12 @@ class Energy:
     joules: float | None = None
     why: str = ""
 
+    @classmethod
+    def available(cls) -> str:
+        """Whether it can be measured here, or why not, in words."""
+        meter = cls()
+        return "measured by NVML" if meter._read() is not None else f"not measured: {meter.why}"
+
     def __enter__(self) -> "Energy":
         self._begin = self._read()
         return self

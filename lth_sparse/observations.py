@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import measures, models, runs, supermask
+from . import checkpoint, measures, models, runs, supermask
+from .actions import snapshot
 from .convert import sparsify_
 from .data import Data, Split
 from .lottery import Chain
@@ -32,11 +33,11 @@ def of_round(chain: Chain, round: int, result: Result, data: Data) -> dict:
     start = chain.leaders[0].start if chain.leaders else chain.start
     if start and not chain.rule.is_fresh:
         found["sign_changes"] = measures.sign_changes(start, result.best, chain.masks[round])
-    if chain.arm == "twin" and chain.leaders[0].best:
+    if chain.arm == "twin":
+        folder = runs.round_folder(chain.folder, chain.leaders[0].arm, chain.trial, round)
+        other = snapshot(checkpoint.load_(model, folder / "trained.safetensors"))  # which was recorded before
         validate = partial(evaluate, data=data, split=data.validation)
-        found["barrier"] = measures.instability(
-            measures.interpolate(model, chain.leaders[0].best, result.best, validate)
-        )
+        found["barrier"] = measures.instability(measures.interpolate(model, other, result.best, validate))
     return found
 
 

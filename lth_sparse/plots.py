@@ -176,7 +176,7 @@ def accuracy_figure(data: dict):
 
 def _head(summary, lines):
     """Where a figure's data come from, and the different numbers of trials of its lines."""
-    source = {key: summary[key] for key in ("name", "identity", "settings")}
+    source = {key: summary[key] for key in ("name", "identity", "settings", "title") if key in summary}
     return source | {"trials": sorted({line["n"] for line in lines})}
 
 
@@ -188,7 +188,8 @@ def _panels(data, columns, size, **shared):
     low, high = data["trials"][0], data["trials"][-1]
     trials = f"{low} to {high}" if low < high else f"{high}"
     trials += " trials: mean, bars from min to max" if high > 1 else " trial"
-    figure.suptitle(f"{data['settings']['model']} on {data['settings']['dataset']}, {trials}")
+    title = data.get("title", f"{data['settings']['model']} on {data['settings']['dataset']}")
+    figure.suptitle(f"{title}, {trials}")
     return figure, figure.subplots(1, columns, squeeze=False, **shared)[0]
 
 

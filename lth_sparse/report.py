@@ -77,16 +77,16 @@ def saved(recipe: Path) -> str:
     return f"{done} of {planned} rounds" if found else "-"
 
 
-def side_by_side(summaries: dict[str, dict]) -> dict:
+def side_by_side(name: str, summaries: dict[str, dict]) -> dict:
     """A summary whose rows are those of each variant's first arm, under the variant's name: what figures compare."""
     rows = [
-        row | {"arm": name}
-        for name, summary in summaries.items()
+        row | {"arm": variant}
+        for variant, summary in summaries.items()
         for row in summary["rows"]
         if row["arm"] == summary["settings"]["arms"][0]
     ]
     first = next(iter(summaries.values()))
-    return first | {"rows": rows}
+    return first | {"rows": rows, "title": f"{name}: the arm {first['settings']['arms'][0]} of each variant"}
 
 
 def curves(run: Path) -> dict[str, dict[int, dict]]:
@@ -160,6 +160,7 @@ def _row(arm, round, group) -> dict:
         measures |= {name: _spread(found)} if found else {}
     measures |= {name: _by_layer(name, group) for name in ("sign_changes", "dead_units") if group[0].get(name)}
     weights = sum(kept for kept, _ in group[0]["kept"].values())
+    measures["densities"] = {layer: kept / whole for layer, (kept, whole) in group[0]["kept"].items()}
     return {"arm": arm, "round": round, "density": group[0]["density"], "weights": weights, "n": len(group), **measures}
 
 

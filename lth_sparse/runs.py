@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import write_bytes
+from .measures import Energy
 from .recipe import Recipe
 from .recipes import Experiment
 
@@ -103,6 +104,7 @@ def environment() -> dict:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "energy": Energy.available(),
         "packages": {name: _version(name) for name in ("lth-sparse", "torch", "torchvision", "triton", "numpy")},
     }
 

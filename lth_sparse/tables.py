@@ -6,7 +6,8 @@ from rich.table import Table
 
 from . import claims
 
-WIDE = 5  # arms at most beside each other; more are a row each
+BESIDE = 3  # arms at most as columns of their own; more are rows
+ACROSS = 7  # rounds at most beside each other
 
 
 def of(summaries: dict[str, dict], decided: Sequence[str]) -> Iterable[Table | str]:
@@ -35,22 +36,37 @@ def _rounds(summary) -> Table:
     """Early stop and test accuracy of each arm in each round."""
     arms = summary["settings"]["arms"]
     rows = {(row["arm"], row["round"]): row for row in summary["rows"]}
+    if len(arms) > BESIDE:
+        return _arms(arms, rows)
     density = {round: rows[arm, round]["density"] for arm, round in reversed(rows)}
-    short = len(arms) > WIDE  # then the accuracy alone
-    table = Table("round", "weights", box=None)
+    table = _table("round", "weights")
     for arm in arms:
-        for title in [f"{arm}\ntest %"] if short else [f"{arm}\nstop at", "\ntest %"]:
-            table.add_column(title, justify="right")
+        table.add_column(f"{arm}\nstop at", justify="right")
+        table.add_column("\ntest %", justify="right")
     for round in sorted(density):
-        cells = [cell for arm in arms for cell in _cells(rows.get((arm, round)))[short:]]
+        cells = [cell for arm in arms for cell in _cells(rows.get((arm, round)))]
         table.add_row(str(round), f"{100 * density[round]:.1f} %", *cells)
+    return table
+
+
+def _arms(arms, rows) -> Table:
+    """Test accuracy of each arm, in as many rounds as fit, by the weights that the first arm has left then."""
+    rounds = sorted({round for _, round in rows})
+    step = -(-len(rounds) // ACROSS)
+    shown = [round for round in rounds if round % step == 0 or round == rounds[-1]]
+    table = _table("test % at weights")
+    for round in shown:
+        density = next(row["density"] for (_, r), row in rows.items() if r == round)
+        table.add_column(f"{100 * density:.1f} %", justify="right")
+    for arm in arms:
+        table.add_row(arm, *(_cells(rows.get((arm, round)))[1] for round in shown))
     return table
 
 
 def _comparison(summaries) -> Table:
     """What became of each arm: its best level, and how far it holds the accuracy of its dense network."""
-    columns = ("arm", "n", "dense test %", "best test %", "at weights", "holds the dense accuracy down to")
-    table = Table(*(["variant"] if "" not in summaries else []), *columns, box=None)
+    columns = ("arm", "dense %", "best %", "at", "holds to")
+    table = _table(*(["variant"] if "" not in summaries else []), *columns)
     for name, summary in summaries.items():
         for arm in summary["settings"]["arms"]:
             rows = [row for row in summary["rows"] if row["arm"] == arm and row["test_accuracy"]["mean"] is not None]
@@ -65,13 +81,21 @@ def _standing(rows) -> tuple[str, ...]:
     level = dense["validation_accuracy"]["mean"]
     holding = [row for row in rows if row["validation_accuracy"]["mean"] >= level]
     accuracies = (f"{100 * row['test_accuracy']['mean']:.2f}" for row in (dense, best))
-    return str(dense["n"]), *accuracies, *(f"{100 * row['density']:.1f} %" for row in (best, holding[-1]))
+    return *accuracies, *(f"{100 * row['density']:.1f} %" for row in (best, holding[-1]))
 
 
 def _verdicts(summaries, decided) -> Table:
-    table = Table("claim", "what", "paper", "measured", "tolerance", "n", "verdict", box=None)
+    table = Table(*claims.HEAD, box=None)
     for cells in claims.rows(claims.score(summaries, decided)):
         table.add_row(*cells)
+    return table
+
+
+def _table(*columns) -> Table:
+    """A table that rather runs over the edge than breaks a name or a number."""
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     return table
 
 

@@ -112,9 +112,10 @@ def test_damaged_json_is_named(tmp_path, text):
 
 def test_environment():
     found = runs.environment()
-    assert set(found) == {"python", "platform", "processor", "cores", "cuda", "packages"}
+    assert set(found) == {"python", "platform", "processor", "cores", "cuda", "energy", "packages"}
     assert set(found["packages"]) == {"lth-sparse", "torch", "torchvision", "triton", "numpy"}
     assert found["packages"]["torch"] and found["cores"] >= 1 and json.dumps(found)
+    assert found["energy"] == "measured by NVML" or found["energy"].startswith("not measured: ")
 
 
 def test_round_folder(tmp_path):

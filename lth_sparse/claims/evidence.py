@@ -39,9 +39,16 @@ class Evidence:
     def arm(self, name: str = "ticket", **wanted) -> "Rounds":
         """An arm of the one run with these settings."""
         found = self.runs(**wanted)
+        found = [run for run in found if any(row["arm"] == name for row in run["rows"])] or found
         if len(found) > 1:
             raise Missing(f"{len(found)} runs with {_listed(wanted) or 'different settings'}")
         return Rounds(self, found[0], name)
+
+    def beside(self, name: str, other: str = "ticket") -> tuple["Rounds", "Rounds"]:
+        """An arm, and another one of the same run."""
+        arm = self.arm(name)
+        (run,) = [run for run in self.summaries if any(row["arm"] == name for row in run["rows"])]
+        return arm, Rounds(self, run, other)
 
     def supermask(self, name: str, **wanted) -> float:
         """Test accuracy of an untrained network, the best of the runs with these settings."""
