@@ -53,6 +53,7 @@ def opened(recipe: Recipe | Experiment, name: str, out: Path | None = None, **ab
             raise ValueError(f"another process is writing to {folder}") from None
         if not (folder / "recipe.json").exists():
             write_json(folder / "environment.json", environment())
+        if not (folder / "recipe.json").exists() or read_json(folder / "recipe.json") != wanted:
             write_json(folder / "recipe.json", wanted)
         yield folder
 
