@@ -10,25 +10,35 @@ from .actions import reinit_, rewind_, snapshot
 from .checkpoint import load_, save
 from .convert import densify_, density, sparsify_, summary
 from .lottery import find_ticket
-from .masks import sync_
+from .masks import difference, freeze_, get_masks, intersection, set_masks_, sync_, union
 from .packing import pack_, unpack_
-from .prune import prune_
+from .prune import prune_, rate_to_reach
+from .structured import prune_units_, remove_units_
 
 __version__ = "0.1.0"
 __all__ = [
     "densify_",
     "density",
+    "difference",
     "find_ticket",
+    "freeze_",
+    "get_masks",
+    "intersection",
     "load_",
     "optim",
     "pack_",
     "prune_",
+    "prune_units_",
+    "rate_to_reach",
     "reinit_",
+    "remove_units_",
     "rewind_",
     "save",
+    "set_masks_",
     "snapshot",
     "sparsify_",
     "summary",
     "sync_",
+    "union",
     "unpack_",
 ]

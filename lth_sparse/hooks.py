@@ -93,7 +93,7 @@ def _leaks(parameter):
 
 
 def replace(parameter: Tensor) -> None:
-    """Have optimizers that still hold `parameter` refused: `pack_` or `unpack_` has put another in its place."""
+    """Have optimizers that still hold `parameter` refused: `pack_`, `unpack_` or `remove_units_` has replaced it."""
     parameter.replaced = True
 
 
@@ -110,7 +110,8 @@ def attach_shadow(parameter: Tensor, shadow: Tensor, pattern: tuple[Tensor, ...]
 def _refuse_unfit(optimizer, parameter):
     if getattr(parameter, "replaced", False):
         raise ValueError(
-            f"{type(optimizer).__name__} holds a weight that pack_ or unpack_ has replaced: make a new optimizer"
+            f"{type(optimizer).__name__} holds a weight that pack_, unpack_ or remove_units_ has replaced: "
+            "make a new optimizer"
         )
     if getattr(parameter, "elementwise", False) and type(optimizer) not in ELEMENTWISE:
         raise ValueError(

@@ -132,7 +132,9 @@ class PackedLayer(MaskedLayer):
         mask = self.weight_mask
         given = state_dict.get(prefix + "weight_mask", mask)
         weight = state_dict.get(prefix + "weight")
-        if weight is None:
+        if prefix + "weight_frozen" in state_dict:
+            errors.append(f"{prefix}weight_frozen is for a masked layer: call unpack_(model) first")
+        elif weight is None:
             missing.append(prefix + "weight")
         elif weight.shape != mask.shape or not torch.equal(given.bool().to(mask.device), mask):
             errors.append(f"{prefix}weight has another shape or mask than the packed layer: call unpack_(model) first")

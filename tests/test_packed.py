@@ -186,7 +186,7 @@ def test_an_optimizer_older_than_pack_is_named():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     lth.pack_(model)(inputs(3, 20)).sum().backward()
-    with pytest.raises(ValueError, match=r"SGD holds a weight that pack_ or unpack_ has replaced"):
+    with pytest.raises(ValueError, match=r"SGD holds a weight that pack_, unpack_ or remove_units_ has replaced"):
         optimizer.step()
 
 

@@ -115,3 +115,16 @@ def test_a_frozen_state_is_not_for_attention_or_layers_without_masks():
         name = "head.weight_frozen" if "head" in model else "attention.out_proj.weight_frozen"
         with pytest.raises(RuntimeError, match=f'Unexpected key.*"{name}"'):
             model.load_state_dict(model.state_dict() | {name: torch.ones(5, 4)})
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_frozen_state_is_not_for_packed_layers(strict):
+    state = frozen().state_dict()
+    packed = lth.pack_(lth.prune_(lth.sparsify_(network()), 0.5), strategies={"head": "cpu"})
+    values = packed["head"].values.detach().clone()
+    state["head.weight"] = 2 * state["head.weight"]
+    with pytest.raises(RuntimeError, match=r"\shead\.weight_frozen is for a masked layer: call unpack_\(model\) first"):
+        packed.load_state_dict(state, strict=strict)
+    assert torch.equal(packed["head"].values, values)
+    lth.unpack_(packed).load_state_dict(state)
+    assert torch.equal(packed["head"].weight_frozen, state["head.weight_frozen"])
