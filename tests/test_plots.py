@@ -5,14 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lth_sparse import plots
 
-ALL = ["tickets.png", "tickets.svg", "tickets.json", "accuracy.png", "accuracy.svg", "accuracy.json"]
+STEMS = ("tickets", "accuracy", "losses")
+SUFFIXES = ("png", "svg", "json")
+ALL = [f"{stem}.{suffix}" for stem in STEMS for suffix in SUFFIXES]
 
 
 def run(rounds=15, trials=3, arms=("ticket", "reinit", "random"), evaluations=60, ends=None):
-    """A summary and curves as `report` makes them: accuracies rise to a level that falls faster for the controls."""
+    """A summary and curves as `report` makes them: accuracies rise to a level that falls faster for the controls.
+
+    Losses fall with the errors; that of validation rises again after a fifth of the training, that of training not.
+    """
     random, rows, curves = np.random.default_rng(0), [], {}
     iteration = [100 * (i + 1) for i in range(evaluations)]
     for arm in arms:
@@ -22,9 +28,14 @@ def run(rounds=15, trials=3, arms=("ticket", "reinit", "random"), evaluations=60
             history = level - 0.3 * np.exp(-np.arange(evaluations) / 2) + random.normal(0, 0.001, (trials, evaluations))
             accuracy = spread(history)
             curves[arm][r] = {"density": 0.8**r, "iteration": iteration, "test_accuracy": accuracy}
+            late = np.maximum(0, np.arange(evaluations) - evaluations / 5) / evaluations
+            loss = {"train_loss": 1 - history, "validation_loss": 1 - history + late / 20, "test_loss": 1 - history}
+            curves[arm][r] |= {key: spread(values) for key, values in loss.items()}
+            curves[arm][r] |= {"validation_accuracy": spread(history - 0.01)}
             row = {"arm": arm, "round": r, "density": 0.8**r, "n": trials, "seconds": spread(np.ones(trials))}
             row["early_stop_iteration"] = spread(100 * random.integers(5, 10, trials))
             row["test_accuracy"] = row["validation_accuracy"] = row["train_accuracy"] = spread(history.max(1))
+            row["test_loss"] = row["validation_loss"] = spread(1 - history.max(1))
             rows.append(row | {"final_test_accuracy": spread(history[:, -1])})
     settings = {"model": "lenet-300-100", "dataset": "mnist", "trials": trials, "iterations": 100 * evaluations}
     return {"name": "lenet-mnist", "identity": "578d16b3", "settings": settings, "rows": rows}, curves
@@ -40,6 +51,16 @@ def tickets(summary):
 
 def accuracy(summary, curves):
     return plots.accuracy_figure(plots.accuracy_data(summary, curves))
+
+
+def losses(summary, curves):
+    return plots.losses_figure(plots.losses_data(summary, curves))
+
+
+def paint(*figures):
+    """Draw every figure once, on nothing."""
+    for figure in figures:
+        FigureCanvasAgg(figure).draw()
 
 
 def drawn(axes):
@@ -62,11 +83,9 @@ def written(tmp_path_factory):
 def test_every_figure_is_written_three_times_and_nothing_else(written):
     assert list(written) == ALL
     assert sorted(path.name for path in written["tickets.png"].parent.iterdir()) == sorted(ALL)
-    for stem in ("tickets", "accuracy"):
-        assert (
-            written[f"{stem}.png"].read_bytes().startswith(b"\x89PNG")
-            and b"<svg" in written[f"{stem}.svg"].read_bytes()
-        )
+    for stem in STEMS:
+        assert written[f"{stem}.png"].read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in written[f"{stem}.svg"].read_bytes()
 
 
 def test_the_data_beside_a_figure_equal_the_input(written):
@@ -78,7 +97,16 @@ def test_the_data_beside_a_figure_equal_the_input(written):
     data = json.loads(written["accuracy.json"].read_text())
     for line in data["left"] + data["right"]:
         given = curves[line["arm"]][line["round"]]
-        assert {key: line[key] for key in given} == given
+        assert set(line) == {"arm", "round", "n", "density", "iteration", "test_accuracy"}, "nothing that is not drawn"
+        assert all(line[key] == given[key] for key in ("density", "iteration", "test_accuracy"))
+    data = json.loads(written["losses.json"].read_text())
+    for row, given in zip(data["rows"], summary["rows"], strict=True):
+        assert row == {key: given[key] for key in row} and {"test_loss", "validation_loss"} < set(row)
+    for line in data["lines"]:
+        given, shown = curves["ticket"][line["round"]], sum(i <= data["shown_until"] for i in line["iteration"])
+        assert 5 < shown + 1 == len(line["iteration"]) < 60, "one more than is shown"
+        for key in ("train_loss", "validation_loss", "validation_accuracy"):
+            assert line[key] == {name: values[: shown + 1] for name, values in given[key].items()}
 
 
 def test_equal_data_give_equal_bytes_whatever_the_users_style(written, tmp_path):
@@ -227,7 +255,7 @@ def test_a_diverged_run_leaves_gaps_and_null(tmp_path):
     nothing = {"mean": None, "min": None, "max": None}
     summary["rows"][2] |= {"test_accuracy": None, "final_test_accuracy": nothing, "early_stop_iteration": nothing}
     summary["rows"][8]["test_accuracy"] = {"mean": math.nan, "min": math.nan, "max": math.inf}
-    for values in curves["ticket"][3]["test_accuracy"].values():
+    for values in [*curves["ticket"][3]["test_accuracy"].values(), *curves["ticket"][3]["train_loss"].values()]:
         values[10:] = [None] * 50
     paths = plots.draw(summary, curves, tmp_path)
     assert [path.name for path in paths] == ALL
@@ -235,15 +263,18 @@ def test_a_diverged_run_leaves_gaps_and_null(tmp_path):
     assert rows[2]["test_accuracy"] is None and rows[8]["test_accuracy"] == nothing
     gaps = np.isnan(drawn(tickets(summary).axes[1])[0]["ticket"].get_ydata(orig=False))
     assert gaps.tolist() == [False, False, True, False, False, False]
+    gaps = np.isnan(drawn(losses(summary, curves).axes[0])[0]["51.2%"].get_ydata(orig=False))
+    assert len(gaps) > 11 and gaps.tolist() == [False] * 10 + [True] * (len(gaps) - 10)
 
 
-def test_a_run_of_nothing_but_missing_values_is_drawn(tmp_path):
+def test_a_run_of_nothing_but_missing_values_is_drawn():
     summary, curves = run(rounds=2, arms=("reinit", "ticket"))
     for row in summary["rows"]:
-        row |= dict.fromkeys(plots.PANELS)
+        row |= dict.fromkeys((*plots.PANELS, "validation_loss", "test_loss", "validation_accuracy"))
     for curve in [curve for arm in curves.values() for curve in arm.values()]:
-        curve["test_accuracy"] = {key: [None] * 60 for key in plots.STATISTICS}
-    assert len(plots.draw(summary, curves, tmp_path)) == 6
+        for name in set(curve) - {"density", "iteration"}:
+            curve[name] = {key: [None] * 60 for key in plots.STATISTICS}
+    paint(tickets(summary), accuracy(summary, curves), losses(summary, curves))
     assert legend(accuracy(summary, curves).axes[0])[0] == "100% (out of view)"
 
 
@@ -256,35 +287,110 @@ def test_a_run_of_nothing_but_missing_values_is_drawn(tmp_path):
         (tuple(plots.ARMS), 15, 2, 12),
     ],
 )
-def test_any_arms_and_the_shortest_runs_are_drawn(tmp_path, arms, rounds, trials, evaluations):
+def test_any_arms_and_the_shortest_runs_are_drawn(arms, rounds, trials, evaluations):
     summary, curves = run(rounds, trials, arms, evaluations)
-    assert len(plots.draw(summary, curves, tmp_path)) == 6
+    paint(tickets(summary), accuracy(summary, curves), losses(summary, curves))
     panels = accuracy(summary, curves).axes
     assert len(panels) == min(2, len(arms))
     markers = {line.get_marker() for axes in panels for line in drawn(axes)[0].values()}
     assert markers == ({"o"} if evaluations == 1 else {""})
 
 
-def test_figures_without_data_are_left_out(tmp_path):
+def test_figures_without_data_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "write", lambda stem, *_: [stem.with_name(f"{stem.name}.{s}") for s in SUFFIXES])
     summary, curves = run(rounds=1)
     empty = {arm: {r: curve | {"iteration": []} for r, curve in rounds.items()} for arm, rounds in curves.items()}
-    assert [path.name for path in plots.draw(summary, empty, tmp_path)] == ALL[:3]
+    assert [path.name for path in plots.draw(summary, empty, tmp_path)] == ALL[:3] + ALL[6:]
     assert [path.name for path in plots.draw(summary | {"rows": []}, curves, tmp_path)] == ALL[3:]
+    assert [len(losses(*given).axes) for given in ((summary, empty), (summary | {"rows": []}, curves))] == [3, 3]
     assert plots.draw(summary | {"rows": []}, {"ticket": {}}, tmp_path / "none") == []
     emptied = summary["rows"][0] | {"round": 9, "density": 0.0}
     assert plots.tickets_data(summary | {"rows": [emptied]}) is None
 
 
 def test_nothing_is_cut_off_and_panels_do_not_overlap():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     arms = tuple(plots.ARMS)
-    for figure in (tickets(run(28, arms=arms)[0]), accuracy(*run(28, arms=arms))):
-        FigureCanvasAgg(figure).draw()
+    for figure in (tickets(run(28, arms=arms)[0]), accuracy(*run(28, arms=arms)), losses(*run(28, arms=arms))):
+        paint(figure)
         frames = [axes.get_tightbbox() for axes in figure.axes]
-        assert all(a.x1 <= b.x0 for a, b in zip(frames, frames[1:], strict=False))
+        assert all(a.x1 <= b.x0 or a.y0 >= b.y1 for a, b in zip(frames, frames[1:], strict=False))
         assert all(f.x0 >= 0 and f.y0 >= 0 and f.x1 <= figure.bbox.x1 and f.y1 <= figure.bbox.y1 for f in frames)
         for axes in figure.axes:
             ticks = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
             inside = sorted((t.x0, t.x1) for t in ticks if axes.bbox.x0 <= (t.x0 + t.x1) / 2 <= axes.bbox.x1)
             assert all(a[1] < b[0] for a, b in zip(inside, inside[1:], strict=False))
+
+
+def test_every_arm_or_variant_has_a_style_of_its_own():
+    assert plots.styles(plots.ARMS) == plots.ARMS
+    others = [f"variant {i}" for i in range(4)]
+    found = plots.styles(["random", *others, "ticket", "random"])
+    assert list(found) == ["random", *others, "ticket"]
+    assert found["ticket"] == plots.ARMS["ticket"] and found["random"] == plots.ARMS["random"]
+    colours = [colour for colour, _, _ in found.values()]
+    assert len(set(colours)) == len(colours) and set(colours) <= set(plots.PALETTE)
+    many = plots.styles(f"variant {i}" for i in range(20))
+    assert len(set(many.values())) == 20, "colours come again with other markers"
+    assert plots.styles(["a", "b"]) == plots.styles(["a", "b", "a"])
+
+
+def test_variants_are_drawn_beside_each_other():
+    summary, _ = run(rounds=3, arms=("fast", "slow", "ticket"))
+    lines, _ = drawn(tickets(summary).axes[0])
+    styles = {name: (line.get_color(), line.get_marker()) for name, line in lines.items()}
+    assert styles == {name: style[:2] for name, style in plots.styles(lines).items()}
+
+
+def test_of_many_arms_the_ticket_and_the_first_have_curves():
+    summary, curves = run(rounds=1, arms=("a", "b", "c", "d", "ticket"))
+    data = plots.accuracy_data(summary, curves)
+    assert {line["arm"] for line in data["left"]} == {"ticket"}
+    assert list(dict.fromkeys(line["arm"] for line in data["right"])) == ["ticket", "a", "b", "c"]
+
+
+SHOWN = [("train_loss", 1), ("validation_loss", 1), ("validation_accuracy", 100)]
+
+
+def test_losses_shows_the_rounds_of_the_first_arm_above():
+    summary, curves = run(rounds=16)
+    panels = losses(summary, curves).axes[:3]
+    titles = ["training loss", "validation loss", "validation accuracy (%)"]
+    assert [axes.get_title() for axes in panels] == titles
+    for axes, (key, unit) in zip(panels, SHOWN, strict=True):
+        lines, bars = drawn(axes)
+        assert list(lines) == ["100%", "51.2%", "21.0%", "6.9%", "3.5%", "2.8%"] and bars == set(lines)
+        for line, r in zip(lines.values(), [0, 3, 7, 12, 15, 16], strict=True):
+            (x, y), given = line.get_data(orig=False), curves["ticket"][r]
+            np.testing.assert_array_equal(x, given["iteration"][: len(x)])
+            np.testing.assert_allclose(y, unit * np.array(given[key]["mean"][: len(x)]))
+            assert x[-2] <= axes.get_xlim()[1] < x[-1] < 6000, "the line goes on to the frame"
+
+
+def test_losses_shows_all_arms_at_early_stop_below():
+    summary, curves = run(rounds=16)
+    panels = losses(summary, curves).axes[3:]
+    titles = ["test loss at early stop", "validation loss at early stop", "validation accuracy at early stop (%)"]
+    assert [axes.get_title() for axes in panels] == titles
+    for axes, (key, unit) in zip(panels, [("test_loss", 1), *SHOWN[1:]], strict=True):
+        lines, _ = drawn(axes)
+        assert list(lines) == ["ticket", "reinit", "random"] and axes.get_xlim()[0] > axes.get_xlim()[1]
+        for arm, line in lines.items():
+            wanted = [unit * row[key]["mean"] for row in summary["rows"] if row["arm"] == arm]
+            np.testing.assert_allclose(line.get_ydata(orig=False), wanted)
+
+
+def test_losses_are_on_a_log_axis_where_they_lie_far_apart():
+    scales = [axes.get_yscale() for axes in losses(*run(rounds=2)).axes]
+    assert scales == ["log", "log", "linear", "linear", "linear", "linear"]
+
+
+def test_a_network_that_diverged_or_knows_all_by_heart_does_not_flatten_the_others():
+    summary, curves = run(rounds=4, trials=1)
+    for name, values in (("validation_loss", [1e20] * 3 + [None] * 57), ("train_loss", [0.2] * 5 + [0.0] * 55)):
+        curves["ticket"][4][name] = dict.fromkeys(plots.STATISTICS, values)
+    figure = losses(summary, curves)
+    (bottom, top), (lowest, highest) = (axes.get_ylim() for axes in figure.axes[:2])
+    assert 0.001 < bottom < 0.03 and 0.2 < top < 1
+    assert 0.01 < lowest < 0.03 and 0.3 < highest < 100
+    labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
+    assert labels == ["100%", "80.0%", "64.0%", "51.2%", "41.0% (not in every panel)"]
