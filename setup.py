@@ -33,7 +33,7 @@ setup(
         "lth_sparse.benchmarks.peers",
     ],
     package_dir={f"lth_sparse.{name}": name for name in ("kernels", "experiments", "benchmarks")},
-    package_data={"lth_sparse.experiments": ["*.toml", "*.json"]},
+    package_data={"lth_sparse.experiments": ["*.toml", "*.json", "tutorials/*.*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",

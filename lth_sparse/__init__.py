@@ -8,7 +8,7 @@ if not (Path(__file__).parent / "kernels").exists():  # source checkout: kernels
 from . import optim
 from .actions import reinit_, rewind_, snapshot
 from .checkpoint import load_, save
-from .convert import densify_, density, sparsify_, summary
+from .convert import densify_, density, from_torch_prune_, sparsify_, summary
 from .lottery import find_ticket
 from .masks import difference, freeze_, get_masks, intersection, set_masks_, sync_, union
 from .packing import pack_, unpack_
@@ -22,6 +22,7 @@ __all__ = [
     "difference",
     "find_ticket",
     "freeze_",
+    "from_torch_prune_",
     "get_masks",
     "intersection",
     "load_",

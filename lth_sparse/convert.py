@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from .dispatch import Choice
 from .hooks import disown
@@ -58,6 +58,34 @@ def mask_layer_(layer: nn.Module) -> None:
     layer.sync_()
     if isinstance(layer, MaskedMultiheadAttention):
         layer.attach_hooks()
+
+
+def from_torch_prune_(model: nn.Module) -> nn.Module:
+    """Make layers that `torch.nn.utils.prune` has pruned masked ones with the same masks, in place; return the model.
+
+    Its output is unchanged, and parameters stay the same objects. Back again: `get_masks`, `densify_`, and torch's
+    `custom_from_mask` with each mask. Layers that cannot be masked, whose bias is pruned too or whose weight is tied
+    stay with torch.
+
+    Raises:
+        ValueError: no layer is pruned by torch and can be masked.
+    """
+    users = _users(model)
+    pruned = {name: layer for name, layer in model.named_modules() if _pruned_by_torch(layer, users)}
+    readers = {owner for name in pruned if (owner := _attention_of(model, name)) is not None}
+    names = {name for name in readers if not _why_not(model.get_submodule(name))} | pruned.keys()
+    pruned = {name: layer for name, layer in pruned.items() if _attention_of(model, name) in names | {None}}
+    if not pruned:
+        raise ValueError("torch.nn.utils.prune has pruned no layer here that can be masked: sparsify_ takes plain ones")
+    masks = [(layer, name, layer._buffers[name + "_mask"]) for layer in pruned.values() for name in _torch_names(layer)]
+    for layer, name, _ in masks:
+        prune.remove(layer, name)
+    for layer in maskable(model, names):
+        mask_layer_(layer)
+    for layer, name, mask in masks:
+        getattr(layer, name + "_mask").copy_(mask)
+        layer.sync_()
+    return model
 
 
 def densify_(model: nn.Module) -> nn.Module:
@@ -175,6 +203,22 @@ def match(names: Iterable[str], pattern: str) -> list[str]:
             f"no layer matches {pattern!r}: the model has {', '.join(map(repr, names)) or 'none to match'}"
         )
     return found
+
+
+def _torch_names(layer):
+    """What `torch.nn.utils.prune` prunes in this layer."""
+    hooks = layer._forward_pre_hooks.values()
+    return [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
+
+
+def _pruned_by_torch(layer, users):
+    """Whether torch prunes weights of this layer, nothing else, and once its hooks are gone it can be masked."""
+    pruned = {*_torch_names(layer)}
+    if not pruned or type(layer) not in MASKED_CLASSES or parametrize.is_parametrized(layer):
+        return False
+    weights = {*weight_names(layer)}
+    alone = all(len(users[id(layer._parameters[name + "_orig"])]) == 1 for name in pruned)
+    return alone and pruned <= weights and weights - pruned <= layer._parameters.keys()
 
 
 def _why_not(module: nn.Module) -> str:

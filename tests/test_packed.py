@@ -156,6 +156,15 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
 
+def test_the_next_layer_may_work_in_place():
+    masked = nn.Sequential(*network()[:1], nn.ReLU(inplace=True)).to(DEVICE)
+    packed, x = lth.pack_(copy.deepcopy(masked)), inputs()
+    for model in (masked, packed):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(packed(x), masked(x))
+    torch.testing.assert_close(packed[0].values.grad, masked[0].weight.grad[masked[0].weight_mask])
+
+
 def test_a_layer_called_twice_in_one_step():
     layer = lth.prune_(lth.sparsify_(nn.Linear(12, 12).to(DEVICE)), 0.7)
     packed, x = lth.pack_(copy.deepcopy(layer)), inputs(5, 12)

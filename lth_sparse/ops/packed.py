@@ -38,7 +38,8 @@ def packed(
     Returns:
         y [R, B, N], or [B, Cout, OH, OW], in the dtype of x.
     """
-    return _Packed.apply(x, values, bias, shadow, sizes, kind, strategy, *pattern)
+    y = _Packed.apply(x, values, bias, shadow, sizes, kind, strategy, *pattern)
+    return y.squeeze(0) if values.dim() == 1 and kind == "linear" else y
 
 
 class _Packed(torch.autograd.Function):
@@ -50,26 +51,25 @@ class _Packed(torch.autograd.Function):
             x = x[None] if kind == "linear" else x
         x = STRATEGIES[kind][strategy].arranged(x)
         ctx.save_for_backward(x, values, shadow, *pattern)
-        y = _forward(x, values, bias, shadow, pattern, *ctx.how)
-        return y[0] if ctx.single and kind == "linear" else y
+        return _forward(x, values, bias, shadow, pattern, *ctx.how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, values, shadow, *pattern = ctx.saved_tensors
         wants_x, wants_values, wants_bias, *_ = ctx.needs_input_grad
-        flat = ctx.single and ctx.how[1] == "linear"
         wants = wants_x, wants_values or wants_bias
-        dx, dvalues, dbias = _backward(dy[None] if flat else dy, x, values, shadow, pattern, *ctx.how, *wants)
+        dx, dvalues, dbias = _backward(dy, x, values, shadow, pattern, *ctx.how, *wants)
         if ctx.single and wants[1]:
             dvalues, dbias = dvalues[0], dbias[0]
-        dx = dx[0] if flat and wants_x else dx
+        dx = dx[0] if wants_x and ctx.single and ctx.how[1] == "linear" else dx
         gradients = dx if wants_x else None, dvalues if wants_values else None, dbias if wants_bias else None
         return *gradients, None, None, None, None, *(None for _ in pattern)
 
 
 def _run_forward(x, values, bias, shadow, pattern, sizes, kind, strategy):
-    return STRATEGIES[kind][strategy].forward(x, values, bias, shadow, pattern, sizes)
+    # data: no view, as autograd lets no later layer work in place (ReLU) on a view that a Function has made
+    return STRATEGIES[kind][strategy].forward(x, values, bias, shadow, pattern, sizes).data
 
 
 def _fake_forward(x, values, bias, shadow, pattern, sizes, kind, strategy):
