@@ -1,12 +1,15 @@
 """What a run takes from another: its tickets, its network without them, or what it has finished."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
+from torch import Tensor
+
 from . import checkpoint, report, runs
-from .actions import reinit_, snapshot
+from .actions import check_same_entries, reinit_, snapshot
 from .lottery import Chain, merged
-from .masks import get_masks
+from .masks import get_masks, set_masks_
 from .recipe import Recipe
 
 _FREE = ("arms", "trials", "rounds")  # settings that no bit of a chain's rounds depends on
@@ -28,6 +31,7 @@ def take_tickets(chains: list[Chain], source: Path, recipe: Recipe) -> None:
     """
     _check_alike(source, recipe)
     for chain in (chain for chain in chains if chain.arm == "ticket"):
+        drawn = snapshot(chain.draw_())
         for round in range(recipe.rounds + 1):
             folder = runs.round_folder(source, "ticket", chain.trial, round)
             if not (folder / "ticket.safetensors").is_file():
@@ -35,8 +39,7 @@ def take_tickets(chains: list[Chain], source: Path, recipe: Recipe) -> None:
             checkpoint.load_(chain.model, folder / "ticket.safetensors")
             chain.masks[round] = get_masks(chain.model)
         chain.start = _stored(chain, source, "rewind")
-        if chain.start:
-            chain.initial = snapshot(chain.draw_())
+        chain.initial = drawn if chain.start else None
 
 
 def take_network_without(chains: list[Chain], source: Path, recipe: Recipe) -> None:
@@ -56,9 +59,13 @@ def take_network_without(chains: list[Chain], source: Path, recipe: Recipe) -> N
         winner = report.winner(report.results(source), chain.trial)
         round = winner["round"] if winner and winner["round"] else max(rounds)
         old = _stored(chain, source, "initial") or snapshot(chain.draw_())
-        fresh = snapshot(reinit_(chain.model, chain.generator("without", 0)))
-        checkpoint.load_(chain.model, runs.round_folder(source, "ticket", chain.trial, round) / "ticket.safetensors")
+        path = runs.round_folder(source, "ticket", chain.trial, round) / "ticket.safetensors"
+        # of each ticket another draw: the next one taken away may have the same weights
+        drawn = chain.generator(f"without {hashlib.sha256(path.read_bytes()).hexdigest()}", 0, own=False)
+        fresh, dense = snapshot(reinit_(chain.model, drawn)), get_masks(chain.model)
+        checkpoint.load_(chain.model, path)
         chain.initial = merged(get_masks(chain.model), fresh, old)
+        set_masks_(chain.model, dense)
 
 
 def take_finished(chains: list[Chain], source: Path, recipe: Recipe, folder: Path) -> None:
@@ -67,24 +74,26 @@ def take_finished(chains: list[Chain], source: Path, recipe: Recipe, folder: Pat
     Raises:
         ValueError: the settings of `source` differ in more than arms, trials and rounds.
     """
-    theirs = runs.read_json(source / "recipe.json").get("settings", {})
+    theirs = runs.read_recipe(source)["settings"]
     mine = runs.plain(recipe.settings())
-    differ = [key for key in {**theirs, **mine} if key not in _FREE and theirs.get(key) != mine.get(key)]
+    free = set(_FREE) - ({"rounds"} if recipe.final_density else set())  # there the rates follow from the rounds
+    differ = [key for key in {**theirs, **mine} if key not in free and theirs.get(key) != mine.get(key)]
     if differ:
         raise ValueError(f"{source} cannot be gone on from: it was made with another {', '.join(differ)}")
     for chain in chains:
         given, ours = (runs.round_folder(run, chain.arm, chain.trial, 0).parent for run in (source, folder))
-        rounds = [path for path in sorted(given.glob("round_*")) if (path / "result.json").exists()]
-        following = given / f"round_{len(rounds):02d}" / "ticket.safetensors"
-        if len(rounds) <= recipe.rounds and not following.exists():
-            rounds = rounds[:-1]  # the last one of a run is not pruned: it is trained again for that
-        if not rounds or ours.exists():
+        rounds = sorted(given.glob("round_*"))[: recipe.rounds + 1]
+        masks = [path / "ticket.safetensors" for path in rounds if (path / "ticket.safetensors").exists()]
+        done = [path for path in rounds if (path / "result.json").exists()]
+        if len(masks) <= recipe.rounds:  # the last one of a run is not pruned: it is trained again for that
+            done = done[: len(masks) - 1] if chain.rule.prunes == "each" else []
+        if not done or ours.exists():
             continue
-        part = ours.with_name(ours.name + ".part")
+        part = ours.with_name(f"part_{chain.trial}")
         shutil.rmtree(part, ignore_errors=True)
-        for path in rounds[: recipe.rounds + 1]:
+        for path in done:
             shutil.copytree(path, part / path.name)
-        for path in (*given.glob("*.safetensors"), *([following] if following.exists() else [])):
+        for path in (*given.glob("*.safetensors"), *masks[len(done) :]):
             target = part / path.relative_to(given)
             target.parent.mkdir(exist_ok=True)
             shutil.copy(path, target)
@@ -92,12 +101,19 @@ def take_finished(chains: list[Chain], source: Path, recipe: Recipe, folder: Pat
 
 
 def _check_alike(source, recipe):
-    found = runs.read_json(source / "recipe.json").get("settings", {})
+    found = runs.read_recipe(source)["settings"]
     for name in ("model", "seed"):
         if found.get(name) != getattr(recipe, name):
             raise ValueError(f"{source} must have {name} {getattr(recipe, name)!r}, got {found.get(name)!r}")
 
 
+def read_values(path: Path, chain: Chain) -> dict[str, Tensor]:
+    """Values of all tensors of a chain's model, from a file; ValueError where they are another model's."""
+    values, _ = checkpoint.read_tensors(path)
+    check_same_entries(str(path), values, snapshot(chain.model))
+    return values
+
+
 def _stored(chain, source, name):
     path = runs.round_folder(source, "ticket", chain.trial, 0).parent / f"{name}.safetensors"
-    return checkpoint.read_tensors(path)[0] if path.exists() else None
+    return read_values(path, chain) if path.exists() else None

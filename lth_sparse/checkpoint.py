@@ -4,12 +4,14 @@ Layout, readable with safetensors alone. Each masked weight NAME (its `state_dic
 `NAME.values` [nnz], its kept values in row-major order, and `NAME.bits` uint8 [ceil(numel / 8)], its mask in
 row-major order with the first weight in the lowest bit. Everything else (biases, normalisation) is stored dense
 under its own key; so are the values of pruned weights that are frozen, under `NAME_frozen`, zero on the mask. The
-metadata entry `lth_sparse` is JSON with `format`, and `shapes` from NAME to the weight's shape. A file of masks alone
-has no values and no dense entries.
+metadata entry `lth_sparse` is JSON with `format`, `shapes` from NAME to the weight's shape, and the `checksum` of the
+file. A file of masks alone has no values and no dense entries.
 """
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +27,9 @@ from .masks import masked_weights
 from .nn import MASKED_CLASSES, MaskedLayer
 
 FORMAT = "lth-ticket-1"
+UNSEALED = "sha256:" + 64 * "0"  # what a file's content holds as its "checksum" until it is written
+_SEAL = re.compile(rb"checksum\W{3,6}sha256:([0-9a-f]{64})")
+_TIMES = re.compile(rb'"(?:seconds|joules)": (?:\{[^}]*\}|[^,}]*)')
 
 
 def save(model: nn.Module, path: str | os.PathLike, values: bool = True) -> None:
@@ -72,18 +77,33 @@ def load_(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict) -> None:
-    """Write a safetensors file by rename; equal content gives equal bytes."""
+    """Write a safetensors file by rename, with its checksum; equal content gives equal bytes."""
     # clone: safetensors refuses tensors that share memory, as tied weights do
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     # one entry: safetensors writes several in an order that differs from call to call
-    write_bytes(path, safetensors.torch.save(tensors, metadata={"lth_sparse": json.dumps(metadata)}))
+    entry = json.dumps({"checksum": UNSEALED, **metadata})
+    write_bytes(path, safetensors.torch.save(tensors, metadata={"lth_sparse": entry}))
+
+
+def checksum(content: bytes) -> str:
+    """The sha256 of what a file holds, in 64 digits, `UNSEALED` standing for the checksum in it.
+
+    What clocks and meters say in a JSON file does not count: runs that come to the same bits have equal checksums.
+    """
+    return hashlib.sha256(_TIMES.sub(b"", content)).hexdigest()
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file by rename: `path` holds the old content or the new, never a part, even after a power cut."""
-    part = Path(f"{path}.part")
+    """Write a file by rename: `path` holds the old content or the new, never a part, even after a power cut.
+
+    The first `UNSEALED` in the content becomes its checksum.
+    """
+    blank, part = UNSEALED.encode(), Path(f"{path}.part")
+    if blank in content:
+        content = content.replace(blank, b"sha256:" + checksum(content).encode(), 1)
     try:
-        with part.open("wb") as file:
+        part.unlink(missing_ok=True)
+        with part.open("xb") as file:  # never through a link that somebody put there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -94,6 +114,27 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """What a file holds; one without a checksum, as older versions and other tools write, is taken as it is.
+
+    Raises:
+        ValueError: the file is not what was written.
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    content = Path(path).read_bytes()
+    seal = _SEAL.search(content)
+    if seal:
+        unsealed = content.replace(b"sha256:" + seal[1], UNSEALED.encode(), 1)
+        whole = checksum(unsealed) == seal[1].decode()
+    else:  # half a seal is none that was never there
+        whole = b"checksum" not in content and b"sha256:" not in content
+    if not whole:
+        raise ValueError(f"{path} is damaged: it does not have the checksum that it was written with")
+    return content
+
+
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     """All tensors and the metadata that `write_tensors` wrote.
 
@@ -101,13 +142,13 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         ValueError: the file is damaged or not one of ours.
         FileNotFoundError: there is no such file.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+    read_bytes(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("lth_sparse", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(metadata)  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+            metadata = dict(json.loads((file.metadata() or {}).get("lth_sparse", "{}")))
+            metadata.pop("checksum", None)
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file of ours: {error}") from error
 
 

@@ -14,7 +14,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, dispatch, experiment, ops, plots, recipe, recipes, report, runs, tables, training
+from . import (
+    __version__,
+    determinism,
+    dispatch,
+    experiment,
+    ops,
+    plots,
+    recipe,
+    recipes,
+    report,
+    runs,
+    tables,
+    training,
+)
 from .progress import Progress
 
 console = Console(stderr=True, highlight=False, markup=False)
@@ -85,6 +98,7 @@ def _parser():
     bench.set_defaults(command=_bench)
     env = verbs.add_parser("env", help="versions, device, and what can run here")
     env.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    env.add_argument("--determinism", action="store_true", help="train a small network twice and compare the bits")
     env.set_defaults(command=_env)
     return parser
 
@@ -181,14 +195,14 @@ def _draw(folder, to):
         summaries[name] = report.summarize(run)
         paths += plots.draw(summaries[name], report.curves(run), to / name)
     if "" not in summaries and summaries:
-        paths += plots.draw(report.side_by_side(runs.read_json(folder / "recipe.json")["name"], summaries), {}, to)
+        paths += plots.draw(report.side_by_side(runs.read_recipe(folder)["name"], summaries), {}, to)
     return paths
 
 
 def _print_tables(folder):
     runs_of = report.variants(folder)
     summaries = {name: report.summarize(run) | {"curves": report.curves(run)} for name, run in runs_of.items()}
-    for part in tables.of(summaries, runs.read_json(folder / "recipe.json").get("claims", ())):
+    for part in tables.of(summaries, runs.read_recipe(folder)["claims"]):
         console.print(part, soft_wrap=isinstance(part, str))
 
 
@@ -217,6 +231,8 @@ def _bench(options):
 
 def _env(options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.determinism:
+        return _determinism(options, device)
     found = runs.environment() | {
         f"{kind} strategies": list(dispatch.runnable(device, torch.float32, kind)) for kind in ops.STRATEGIES
     }
@@ -227,6 +243,15 @@ def _env(options):
     for key, value in {**found.pop("packages"), **found}.items():
         table.add_row(key, ", ".join(value) if isinstance(value, list) else "none" if value is None else str(value))
     console.print(table)
+
+
+def _determinism(options, device):
+    found = dict(determinism.check(device.type))
+    for strategy, outcome in found.items():
+        console.print(f"{strategy}: {outcome}")
+    if options.json:
+        print(json.dumps(found, indent=1))
+    return int(set(found.values()) != {determinism.SAME})
 
 
 def _print_paths(folder, figures):

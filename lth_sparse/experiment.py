@@ -88,6 +88,7 @@ def run(
     with runs.opened(recipe, name or recipe.name, out, **about) as folder:
         if reuse:
             across.take_finished(searched, reuse, recipe, folder)
+        runs.verify(folder)
         for chain in searched:
             chain.folder = folder
             for result in _restore(chain):
@@ -100,22 +101,24 @@ def run(
             first = recipe.first_iterations if tickets[0].label.endswith("round_00") else 0
             changed = replace(recipe, iterations=first) if first else recipe
             before = observations.untrained(tickets, loaded) if recipe.untrained else {}
+
+            def on_evaluation(label, row):
+                on_metrics(label, {**row, "of": changed.iterations})
+
             with measures.Energy() as energy:
                 results = training.train(tickets, loaded, changed, on_evaluation)
             for ticket, result in zip(tickets, results, strict=True):
-                result.how |= {"untrained_accuracy": before[ticket.label]} if before else {}
-                result.how |= {"joules": energy.joules / len(results)} if energy.joules is not None else {}
+                observed = {"iterations": changed.iterations}
+                observed |= {"untrained_accuracy": before[ticket.label]} if before else {}
+                observed |= {"joules": energy.joules / len(results)} if energy.joules is not None else {}
+                result.how = result.how | observed  # a new dict: the tickets of a group share theirs
             return results
 
-        def on_evaluation(label, row):
-            on_metrics(label, {**row, "of": last})
-
-        last = recipe.iterations
         search(searched, train, recipe.rounds, record)
         _save_winner(searched, folder)
         if recipe.learn_masks:
             observations.learn_masks(recipe, loaded, folder, on_metrics)
-        runs.write_json(folder / "summary.json", report.summarize(folder))
+        runs.store(folder / "summary.json", report.summarize(folder))
     return folder
 
 
@@ -172,13 +175,14 @@ def _record(chain, round, result: Result, recipe, loaded) -> dict:
     if result.best:
         checkpoint.save(chain.become(round, result.best), folder / "trained.safetensors")
         content |= observations.of_round(chain, round, result, loaded)
-    runs.write_rows(folder / "metrics.jsonl", result.history)
-    content |= chain.finished[round] | {"precision": recipe.precision, "iterations": recipe.iterations}
+        if chain.compares:
+            checkpoint.save(chain.become(round, result.final), folder / "final.safetensors")
+    content |= chain.finished[round] | {"precision": recipe.precision}
     content |= {"early_stop": result.early_stop, "final": result.history[-1]}
     content |= {"train_accuracy": result.train_accuracy, "seconds": result.seconds}
-    content |= result.how
+    content |= result.how | {"metrics": runs.write_rows(folder / "metrics.jsonl", result.history)}
     chain.finished[round] = content
-    runs.write_json(folder / "result.json", content)
+    runs.store(folder / "result.json", content)
     _forget_state(folder)
     return content
 
@@ -209,9 +213,9 @@ def _restore(chain) -> list[dict]:
         chain.prepare(0)  # starting values come back from the seed
     trial = runs.round_folder(chain.folder, chain.arm, chain.trial, 0).parent
     if (trial / "rewind.safetensors").exists():
-        chain.start = checkpoint.read_tensors(trial / "rewind.safetensors")[0]
+        chain.start = across.read_values(trial / "rewind.safetensors", chain)
     for round, folder in enumerate(sorted(trial.glob("round_*"))):
-        if len(results) < round and not (results and chain.rule.prunes == "once"):
+        if len(results) < round and not (results and chain.rule.prunes != "each"):
             break  # masks of a round whose end was not recorded are made again
         if (folder / "ticket.safetensors").exists() or (folder / "result.json").exists():
             checkpoint.load_(chain.model, folder / "ticket.safetensors")
@@ -219,7 +223,7 @@ def _restore(chain) -> list[dict]:
             if chain.rule.carries and round:
                 chain.carried = {round: (snapshot(chain.model), frozen_weights(chain.model))}
         if len(results) == round and (folder / "result.json").exists():
-            results.append(runs.read_json(folder / "result.json"))
+            results.append(report.read_result(chain.folder, folder / "result.json", [chain.arm]))
             _forget_state(folder)
             chain.status = results[-1]["status"]
             chain.finished[round] = results[-1]

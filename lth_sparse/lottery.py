@@ -53,6 +53,11 @@ class Chain:
     def rule(self) -> Arm:
         return ARMS[self.arm]
 
+    @property
+    def compares(self) -> bool:
+        """Whether weights go by how the final ones differ from the best, so that both are stored."""
+        return self.pruning.get("score") == "stability"
+
     def is_ready(self, round: int) -> bool:
         """Whether `round` is the next to train."""
         self.masks.setdefault(0, get_masks(self.model))
@@ -65,7 +70,9 @@ class Chain:
         """Make the masks that come before any training."""
         if self.rule.prunes == "start" and self.is_ready(0) and 1 not in self.masks:
             self._take_values(0)
+            values = snapshot(self.model)
             self._prune(range(rounds))
+            self.become(0, values)
 
     def prepare(self, round: int) -> Ticket:
         """Give the model the masks and the starting values of `round`."""
@@ -160,9 +167,9 @@ class Chain:
         """Act on the weights that `masks` keep and prune after `round`, and keep what the next begins with."""
         generator = self.generator("actions", round)
         PRUNED[self.rule.pruned](self.model, self.start, final, generator)
-        if self.rule.pruned == "redraw":
-            self.start = merged(masks, self.start, snapshot(self.model))
-        KEPT[self.rule.kept](self.model, self.start, generator)
+        redraws = self.rule.pruned == "redraw"
+        start = merged(masks, self.start, snapshot(self.model)) if redraws else self.start
+        KEPT[self.rule.kept](self.model, start, generator)
         last = {round: self.carried[round]} if round in self.carried else {}
         self.carried = last | {round + 1: (snapshot(self.model), frozen_weights(self.model))}
 
@@ -217,14 +224,16 @@ def take_round(chains: list[Chain], train, round: int, rounds: int, record) -> N
             ready.setdefault(chain.alike(round), []).append(chain)
     results = train([alike[0].prepare(round) for alike in ready.values()]) if ready else []
     for (first, *others), result in zip(ready.values(), results, strict=True):
-        final = snapshot(first.model) if others else {}
+        final = snapshot(first.model) if others or first.compares else {}
         for chain in others:
             chain.prepare(round)
             rewind_(chain.model, final)
+        result.final = final
         for chain in (first, *others):
             kept = {w.name: [int(w.mask.sum()), w.mask.numel()] for w in masked_weights(chain.model)}
             chain.finished[round] = {"density": density(chain.model), "kept": kept}
             chain.advance(round, result, rounds)
+        for chain in (*others, first):  # in whose folder the training is, so that it can be done again for the others
             record(chain, round, result)
 
 

@@ -12,6 +12,7 @@ from .actions import snapshot
 from .convert import sparsify_
 from .data import Data, Split
 from .lottery import Chain
+from .masks import masked_weights
 from .recipe import Recipe
 from .training import Result, Ticket
 
@@ -26,16 +27,17 @@ def untrained(tickets: list[Ticket], data: Data) -> dict[str, float]:
 def of_round(chain: Chain, round: int, result: Result, data: Data) -> dict:
     """Sign changes and dead units by layer, at the early stop; of the arm `twin` how far it and the ticket lie apart.
 
+    `zeros` is the share of the masked weights that are exactly zero then, kept ones too; pruned ones may be frozen.
     `barrier` is the rise of the validation error between the two at their early stops (Frankle et al. 2020).
     """
     model = chain.become(round, result.best)
-    found = {"dead_units": measures.dead_units(model)}
+    found = {"dead_units": measures.dead_units(model), "zeros": _zeros(model)}
     start = chain.leaders[0].start if chain.leaders else chain.start
-    if start and not chain.rule.is_fresh:
+    if start and chain.rule.kept in ("rewind", "keep"):  # others begin with other signs than these
         found["sign_changes"] = measures.sign_changes(start, result.best, chain.masks[round])
-    if chain.arm == "twin":
-        folder = runs.round_folder(chain.folder, chain.leaders[0].arm, chain.trial, round)
-        other = snapshot(checkpoint.load_(model, folder / "trained.safetensors"))  # which was recorded before
+    path = runs.round_folder(chain.folder, "ticket", chain.trial, round) / "trained.safetensors"
+    if chain.arm == "twin" and path.exists():  # the ticket was recorded before; what diverged at once has none
+        other = snapshot(checkpoint.load_(model, path))
         validate = partial(evaluate, data=data, split=data.validation)
         found["barrier"] = measures.instability(measures.interpolate(model, other, result.best, validate))
     return found
@@ -50,8 +52,9 @@ def learn_masks(recipe: Recipe, data: Data, folder: Path, on_metrics: Callable[[
                 path.mkdir(parents=True, exist_ok=True)
                 found = _learn_mask(recipe, data, name, trial, partial(on_metrics, f"{name}/trial_{trial}/round_00"))
                 best = min(found.history, key=lambda row: row["validation_loss"])
-                runs.write_rows(path / "metrics.jsonl", found.history)
-                runs.write_json(path / "mask.json", {"mask": name, "trial": trial, "of": recipe.learn_masks, **best})
+                about = {"mask": name, "trial": trial, "of": recipe.learn_masks, **best}
+                about["metrics"] = runs.write_rows(path / "metrics.jsonl", found.history)
+                runs.store(path / "mask.json", about)
 
 
 def _learn_mask(recipe, data, name, trial, on_metrics):
@@ -65,6 +68,13 @@ def _learn_mask(recipe, data, name, trial, on_metrics):
         seed=chain.generator("masks", 0).initial_seed(),
         on_metrics=lambda row: on_metrics({**row, "of": recipe.learn_masks}),
     )
+
+
+def _zeros(model):
+    """Of all masked weights as the layers compute with them."""
+    weights = masked_weights(model)
+    used = [w.parameter if w.frozen is None else w.parameter + w.frozen for w in weights]
+    return sum(int((values == 0).sum()) for values in used) / sum(values.numel() for values in used)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ _DIGITS = dict(rounds=8, iterations="2000", evaluate_every="50")
 _AUGMENTED = ("resnet-18", "vgg-19")  # paper, appendix I
 _DEFAULTS = dict(rounds=20, evaluate_every="100", milestones=(), momentum=0.9, weight_decay=0.0)
 _RANGES = dict(
-    rounds=(0, 200),
+    rounds=(0, 99),
     trials=(1, 1000),
     batch_size=(1, 2**20),
     untrained=(0, 1),
@@ -139,6 +139,9 @@ class Recipe:
             if not least <= resolved[name] <= iterations - (name == "rewind"):
                 given = getattr(self, name)
                 raise ValueError(f"{name} must lie between {least} and the {iterations} iterations, got {given}")
+        if resolved["rewind"] >= resolved.get("first_iterations", iterations):
+            given = self.first_iterations
+            raise ValueError(f"first_iterations must be more than rewind, which is {resolved['rewind']}, got {given}")
         resolved["milestones"] = tuple(steps("milestones", m, epoch, iterations) for m in self.milestones)
         threads = self.threads or max(1, (os.cpu_count() or 1) // (len(self.arms) * self.trials))
         return replace(self, **resolved, threads=threads)

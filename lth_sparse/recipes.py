@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
+from itertools import filterfalse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,11 @@ def find(given: str) -> Path:
     return path
 
 
+def is_name(text: str) -> bool:
+    """Whether `text` can name a folder in a folder: none that leads out of it."""
+    return text not in ("", ".", "..") and not set(text) & {"/", "\\", "\0"}
+
+
 def read(path: Path, scale: str | None = None, /, **changes) -> Experiment:
     """What a file asks for: `[settings]` changed by `[variant.NAME]`, by `[scale.NAME]`, by that one's
     `[scale.NAME.variant.NAME]`, and by `changes`. The change `variant` names the only one to run.
@@ -56,7 +62,7 @@ def read(path: Path, scale: str | None = None, /, **changes) -> Experiment:
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a recipe in TOML: {error}") from error
     settings, variants, scales = _tables(document, path)
     if scale is not None and scale not in scales:
@@ -90,6 +96,8 @@ def _tables(document, path) -> tuple[Mapping, Mapping, Mapping]:
     if strange or not all(isinstance(table, dict) for table in tables + nested):
         got = strange[0] if strange else "a value in place of a table"
         raise ValueError(f"{path} may hold {', '.join(entries[:4])}, [variant.NAME] and [scale.NAME], got {got}")
+    for name in filterfalse(is_name, tables[1]):
+        raise ValueError(f"{path} has a variant {name!r}, which cannot be the name of its folder")
     for claim in claimed:
         if claim not in load():
             raise ValueError(unknown(f"claim in {path}:", claim, load()))

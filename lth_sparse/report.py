@@ -1,6 +1,7 @@
 """What a run found: rows over trials, curves, and the first seed's JSON files."""
 
 from pathlib import Path
+from types import NoneType
 
 from . import runs
 
@@ -8,11 +9,21 @@ _MEASURES = {
     "early_stop_iteration": lambda result: result["early_stop"]["iteration"],
     "validation_accuracy": lambda result: result["early_stop"]["validation_accuracy"],
     "test_accuracy": lambda result: result["early_stop"]["test_accuracy"],
+    "validation_loss": lambda result: result["early_stop"]["validation_loss"],
+    "test_loss": lambda result: result["early_stop"]["test_loss"],
     "final_test_accuracy": lambda result: result["final"]["test_accuracy"],
     "train_accuracy": lambda result: result["train_accuracy"],
     "seconds": lambda result: result["seconds"],
 }
-_OBSERVED = ("untrained_accuracy", "barrier", "joules")  # in some results only
+_OBSERVED = ("zeros", "untrained_accuracy", "barrier", "joules")  # in some results only
+_CURVES = ("test_accuracy", "validation_accuracy", "validation_loss", "test_loss", "train_loss")
+_BY_LAYER = ("sign_changes", "dead_units")  # what diverged at once has none
+_NUMBER = (int, float, NoneType)  # None is what was not finite
+_ROW = {"iteration": int, "test_loss": _NUMBER, "validation_loss": _NUMBER, "train_loss": _NUMBER}
+_ROW |= {"test_accuracy": _NUMBER, "validation_accuracy": (int, float)}
+_RESULT = {"arm": str, "trial": int, "round": int, "status": str, "density": (int, float), "kept": {str: [int]}}
+_RESULT |= {"early_stop": _ROW, "final": _ROW, "train_accuracy": _NUMBER, "seconds": (int, float)}
+_SAVED = {"status": {"done": int, "planned": int}}
 _EXPORTS = {"ticket": "data.json", "random": "data_random.json", "reinit-chain": "data_reinit.json"}
 
 
@@ -22,11 +33,25 @@ def results(run: Path) -> list[dict]:
     Raises:
         ValueError: `run` is no run folder, or a file in it is damaged.
     """
-    if not (run / "recipe.json").is_file():
-        raise ValueError(f"{run} is not a run folder: it has no recipe.json")
-    found = [runs.read_json(path) for path in sorted(run.glob("*/trial_*/round_*/result.json"))]
-    arms = runs.read_json(run / "recipe.json")["settings"]["arms"]
+    arms = runs.read_recipe(run)["settings"]["arms"]
+    found = [read_result(run, path, arms) for path in sorted(run.glob("*/trial_*/round_*/result.json"))]
     return sorted(found, key=lambda result: (arms.index(result["arm"]), result["trial"], result["round"]))
+
+
+def read_result(run: Path, path: Path, arms: list[str]) -> dict:
+    """The result.json at `path` of one of these arms of a run.
+
+    Raises:
+        ValueError: it is damaged, is of another round, or has no numbers where others compute with them.
+    """
+    found = runs.read_json(path, _RESULT)
+    here = path.parent == runs.round_folder(run, found["arm"], found["trial"], found["round"])
+    kept = all(len(counts) == 2 and counts[1] > 0 for counts in found["kept"].values())
+    observed = runs.fits({name: found.get(name) for name in _OBSERVED}, {str: _NUMBER})
+    observed &= runs.fits([found.get(name, {}) for name in _BY_LAYER], [{str: (int, float)}])
+    if not here or not kept or not observed or found["arm"] not in arms:
+        raise ValueError(f"{path} is damaged: it does not hold what such a file does")
+    return found
 
 
 def summarize(run: Path) -> dict:
@@ -35,7 +60,7 @@ def summarize(run: Path) -> dict:
     Accuracies are fractions, taken at early stop unless named otherwise; each measure is {"mean", "min", "max"} over
     the row's `n` trials. `status` counts rounds that are done and planned, and names arms that ended early.
     """
-    recipe, found = runs.read_json(run / "recipe.json"), results(run)
+    recipe, found = runs.read_recipe(run), results(run)
     settings = recipe["settings"]
     groups: dict[tuple, list[dict]] = {}
     for result in found:
@@ -62,9 +87,7 @@ def variants(run: Path) -> dict[str, Path]:
     Raises:
         ValueError: `run` is no run folder.
     """
-    if not (run / "recipe.json").is_file():
-        raise ValueError(f"{run} is not a run folder: it has no recipe.json")
-    names = runs.read_json(run / "recipe.json").get("variants")
+    names = runs.read_recipe(run).get("variants")
     if names is None:
         return {"": run}
     return {name: run / name for name in names if (run / name / "recipe.json").is_file()}
@@ -73,7 +96,7 @@ def variants(run: Path) -> dict[str, Path]:
 def saved(recipe: Path) -> str:
     """The state of what is committed beside a recipe's file, in results/NAME: "-" where there is nothing."""
     found = sorted((recipe.parent / "results" / recipe.stem).rglob("summary.json"))
-    done, planned = (sum(runs.read_json(path)["status"][key] for path in found) for key in ("done", "planned"))
+    done, planned = (sum(runs.read_json(path, _SAVED)["status"][key] for path in found) for key in ("done", "planned"))
     return f"{done} of {planned} rounds" if found else "-"
 
 
@@ -90,21 +113,23 @@ def side_by_side(name: str, summaries: dict[str, dict]) -> dict:
 
 
 def curves(run: Path) -> dict[str, dict[int, dict]]:
-    """Test accuracy over iterations by arm and round: `iteration` [n] and `test_accuracy` mean, min and max [n]."""
+    """By arm and round: `density`, `iteration` [n], and the mean, min and max [n] over trials of what was evaluated.
+
+    That is test_accuracy, validation_accuracy, validation_loss, test_loss and train_loss; None where none is finite.
+    """
     histories: dict[tuple, list[list[dict]]] = {}
     density = {}
     for result in results(run):
         key = (result["arm"], result["round"])
         density[key] = result["density"]
-        folder = runs.round_folder(run, result["arm"], result["trial"], result["round"])
-        histories.setdefault(key, []).append(runs.read_rows(folder / "metrics.jsonl"))
+        histories.setdefault(key, []).append(_history(run, result))
     drawn: dict[str, dict[int, dict]] = {}
     for (arm, round), trials in histories.items():
         evaluations = list(zip(*trials, strict=False))  # a diverged trial is shorter
         drawn.setdefault(arm, {})[round] = {
             "density": density[arm, round],
             "iteration": [rows[0]["iteration"] for rows in evaluations],
-            "test_accuracy": _columns([_spread([row["test_accuracy"] for row in rows]) for rows in evaluations]),
+            **{key: _columns([_spread([row[key] for row in rows]) for rows in evaluations]) for key in _CURVES},
         }
     return drawn
 
@@ -115,7 +140,7 @@ def export(run: Path, folder: Path) -> list[Path]:
     Accuracies and losses have shape [levels][trials][evaluations]. data_reinit.json holds the arm reinit-chain (the
     masks come from the reinitialised network itself), or reinit where only that was run.
     """
-    settings, found = runs.read_json(run / "recipe.json")["settings"], results(run)
+    settings, found = runs.read_recipe(run)["settings"], results(run)
     arms = {result["arm"] for result in found}
     files = {arm: name for arm, name in _EXPORTS.items() if arm in arms}
     if "reinit" in arms and "reinit-chain" not in arms:
@@ -133,17 +158,10 @@ def _exported(run, settings, found) -> dict:
     def column(key):
         return [[[row[key] for row in rows] for rows in level] for level in histories]
 
-    histories = [
-        [
-            runs.read_rows(runs.round_folder(run, r["arm"], r["trial"], r["round"]) / "metrics.jsonl")
-            for r in found
-            if r["round"] == level
-        ]
-        for level in levels
-    ]
+    histories = [[_history(run, result) for result in found if result["round"] == level] for level in levels]
     return {
-        "VALIDATION_ITERATIONS": settings["evaluate_every"],
-        "PRUNE_RATE": settings["prune_rate_fc"],
+        "VALIDATION_ITERATIONS": settings.get("evaluate_every"),
+        "PRUNE_RATE": settings.get("prune_rate_fc"),
         "PM_LIST": [round(100 * density[level], 1) for level in levels],
         "weights_remaining_rates": [density[level] for level in levels],
         "test_accuracies": column("test_accuracy"),
@@ -153,20 +171,27 @@ def _exported(run, settings, found) -> dict:
     }
 
 
+def _history(run, result) -> list[dict]:
+    folder = runs.round_folder(run, result["arm"], result["trial"], result["round"])
+    return runs.read_rows(folder / "metrics.jsonl", result.get("metrics"), _ROW)
+
+
 def _row(arm, round, group) -> dict:
     measures = {name: _spread([measure(result) for result in group]) for name, measure in _MEASURES.items()}
     for name in _OBSERVED:
         found = [result[name] for result in group if result.get(name) is not None]
         measures |= {name: _spread(found)} if found else {}
-    measures |= {name: _by_layer(name, group) for name in ("sign_changes", "dead_units") if group[0].get(name)}
+    measures |= {name: found for name in _BY_LAYER if (found := _by_layer(name, group))}
     weights = sum(kept for kept, _ in group[0]["kept"].values())
     measures["densities"] = {layer: kept / whole for layer, (kept, whole) in group[0]["kept"].items()}
     return {"arm": arm, "round": round, "density": group[0]["density"], "weights": weights, "n": len(group), **measures}
 
 
 def _by_layer(name, group):
-    """The mean over trials for each layer."""
-    return {layer: sum(result[name][layer] for result in group) / len(group) for layer in group[0][name]}
+    """The mean over the trials that have it for each layer."""
+    found = [result[name] for result in group if result.get(name)]
+    layers = found[0] if found else ()
+    return {layer: sum(numbers.get(layer, 0) for numbers in found) / len(found) for layer in layers}
 
 
 def _supermasks(run, rows, settings) -> dict:
@@ -179,7 +204,7 @@ def _supermasks(run, rows, settings) -> dict:
         found |= {name: max(levels, key=lambda level: level["mean"])} if levels else {}
     learned: dict[str, list[float]] = {}
     for path in sorted(run.glob("learned*/trial_*/round_00/mask.json")):
-        mask = runs.read_json(path)
+        mask = runs.read_json(path, {"mask": str, "test_accuracy": _NUMBER})
         learned.setdefault(mask["mask"], []).append(mask["test_accuracy"])
     return found | {name: _spread(accuracies) for name, accuracies in learned.items()}
 

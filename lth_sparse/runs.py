@@ -4,7 +4,10 @@ runs/<recipe>--<identity>/recipe.json, environment.json
                          /<arm>/trial_0/round_03/ticket.safetensors   masks of the round, 1 bit per weight
                                                  /metrics.jsonl       one row per evaluation
                                                  /trained.safetensors values of lowest validation loss
+                                                 /final.safetensors   those at the end, where the score compares both
                                                  /result.json         written last: the round is done
+
+Each of them holds its checksum, metrics.jsonl excepted, whose own is the entry `metrics` of result.json.
 """
 
 import contextlib
@@ -16,11 +19,13 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import write_bytes
+from .checkpoint import UNSEALED, checksum, read_bytes, read_tensors, write_bytes
 from .measures import Energy
 from .recipe import Recipe
-from .recipes import Experiment
+from .recipes import Experiment, is_name
 
+_SETTINGS = {"model": str, "dataset": str, "arms": [str], "rounds": int, "trials": int}
+_ENORMOUS = 1e100  # no loss in float32 comes near, and means of such numbers are finite
 _FIRST = ("lock", "environment.json", "recipe.json")  # all that a folder holds whose making was interrupted
 
 
@@ -46,15 +51,17 @@ def opened(recipe: Recipe | Experiment, name: str, out: Path | None = None, **ab
     elif folder.exists() and any(entry.name.removesuffix(".part") not in _FIRST for entry in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and not a run folder: name another with --out")
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "lock").is_symlink():
+        raise ValueError(f"{folder / 'lock'} is a link: a run folder holds files of its own")
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {folder}") from None
         if not (folder / "recipe.json").exists():
-            write_json(folder / "environment.json", environment())
+            store(folder / "environment.json", environment())
         if not (folder / "recipe.json").exists() or read_json(folder / "recipe.json") != wanted:
-            write_json(folder / "recipe.json", wanted)
+            store(folder / "recipe.json", wanted)
         yield folder
 
 
@@ -73,27 +80,96 @@ def write_json(path: Path, content: object, indent: int | None = 1) -> None:
     write_text(path, json.dumps(plain(content), indent=indent, allow_nan=False) + "\n")
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write one JSON object per line, by rename."""
-    write_text(path, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
+def store(path: Path, content: dict) -> None:
+    """Write a JSON object with its checksum, which `read_json` takes away again."""
+    write_json(path, {"checksum": UNSEALED, **content})
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of ours; ValueError that names a damaged one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Write one JSON object per line, by rename; returns the checksum of the file."""
+    text = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows)
+    write_text(path, text)
+    return checksum(text.encode())
+
+
+def read_json(path: Path, wanted: object = dict) -> dict:
+    """The JSON object in a file, without its checksum.
+
+    Args:
+        wanted: what it must look like (see `fits`).
+
+    Raises:
+        ValueError: the file is damaged, or does not hold that.
+        FileNotFoundError: there is no such file.
+    """
+    (content,) = _parsed(path, [read_bytes(path)])
+    if isinstance(content, dict):
+        content.pop("checksum", None)
+    if not isinstance(content, dict) or not fits(content, wanted):
+        raise ValueError(f"{path} is damaged: it does not hold what such a file does")
     return content
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; ValueError that names a damaged one."""
+def read_rows(path: Path, given: str | None = None, wanted: object = dict) -> list[dict]:
+    """The rows of a metrics.jsonl, each like `wanted`, of the checksum `given`; errors as of `read_json`."""
+    content = read_bytes(path)
+    if given is not None and given != checksum(content):
+        raise ValueError(f"{path} is damaged: it does not have the checksum that it was written with")
+    rows = _parsed(path, content.splitlines())
+    if not fits(rows, [wanted]):
+        raise ValueError(f"{path} is damaged: it does not hold what such a file does")
+    return rows
+
+
+def verify(run: Path) -> None:
+    """Read all that the trials of a run hold; ValueError that names the first file that is not as it was written."""
+    for path in sorted(run.glob("*/trial_*/**/*.safetensors")):
+        if path.name != "training.safetensors":  # read where it is needed; that of a finished round is to be deleted
+            read_tensors(path)
+    for path in sorted(run.glob("*/trial_*/**/*.json")):
+        found = read_json(path)
+        if "metrics" in found:
+            read_rows(path.with_name("metrics.jsonl"), found["metrics"])
+
+
+def read_recipe(run: Path) -> dict:
+    """The recipe.json of a run; in that of an experiment `variants` names the folders that its runs are in.
+
+    Raises:
+        ValueError: `run` is no run folder, or its recipe.json is damaged.
+    """
+    path = run / "recipe.json"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run folder: it has no recipe.json")
+    found = {"claims": [], "settings": {}} | read_json(path, {"name": str})
+    own = {"variants": [str], "settings": dict} if "variants" in found else {"settings": _SETTINGS}
+    if not fits(found, {"claims": [str]} | own) or not all(map(is_name, found.get("variants", ()))):
+        raise ValueError(f"{path} is damaged: it does not hold what such a file does")
+    return found
+
+
+def fits(value: object, wanted: object) -> bool:
+    """Whether a value from JSON looks as wanted.
+
+    `wanted` is a type, or a tuple of types; `[wanted]` are lists of it; `{name: wanted}` objects with at least these
+    entries, `{str: wanted}` such with any names.
+    """
+    if isinstance(wanted, list):
+        return isinstance(value, list) and all(fits(item, wanted[0]) for item in value)
+    if not isinstance(wanted, dict):
+        counts = not isinstance(value, (int, float)) or abs(value) < _ENORMOUS
+        return isinstance(value, wanted) and counts and (wanted is bool or not isinstance(value, bool))
+    if not isinstance(value, dict):
+        return False
+    if str in wanted:
+        return all(fits(item, wanted[str]) for item in value.values())
+    return all(name in value and fits(value[name], own) for name, own in wanted.items())
+
+
+def _parsed(path, texts):
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return [json.loads(text.decode()) for text in texts]
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -124,7 +200,7 @@ def _version(package):
 
 
 def _refuse_other(folder, wanted):
-    found = read_json(folder / "recipe.json").get("settings", {})
+    found = read_json(folder / "recipe.json", {"settings": dict})["settings"]
     keys = dict.fromkeys([*wanted, *found])
     differ = [f"{key} {found.get(key)!r}, not {wanted.get(key)!r}" for key in keys if found.get(key) != wanted.get(key)]
     if differ:

@@ -89,7 +89,8 @@ def test_readable_with_safetensors_alone(tmp_path):
     with safe_open(tmp_path / "t", "pt") as file:
         metadata = json.loads(file.metadata()["lth_sparse"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert metadata == {"format": "lth-ticket-1", "shapes": {"0.weight": [3, 1, 3, 3], "3.weight": [5, 12]}}
+    shapes = {"0.weight": [3, 1, 3, 3], "3.weight": [5, 12]}
+    assert metadata == {"checksum": metadata["checksum"], "format": "lth-ticket-1", "shapes": shapes}
     assert "0.weight" not in tensors and torch.equal(tensors["4.weight"], model[4].weight)
     for name, shape in metadata["shapes"].items():
         bits = tensors[name + ".bits"].tolist()

@@ -274,7 +274,11 @@ def test_rescaled_supermasks_stand_for_each_network():
         ("CV7", convs(rounds=8), "the arm ticket ends at 16.8 % of the weights, and 3.5 % are needed"),
         ("RN1", [resnet(0.01, warmup=100)], "no run with model resnet-18, lr 0.01, no warmup"),
         ("VG1", [vgg(0.1, 100, rounds=10)], "the arm ticket ends at 10.7 % of the weights, and 1.5 % are needed"),
-        ("S0-1", [run(arm(rounds=18), normalization="none", activation="sigmoid")], "no curve of the arm ticket in round 0 was given"),
+        (
+            "S0-1",
+            [run(arm(rounds=18), normalization="none", activation="sigmoid")],
+            "no curve of the arm ticket in round 0 was given",
+        ),
     ],
 )
 def test_what_is_missing_is_named(id, runs, why):
@@ -321,7 +325,8 @@ def normalized(name, accuracies, gap=0.0, **more):
     """A lenet whose curves are the same in every round: `accuracies` after 5,000, 15,000 and 20,000 iterations."""
     rows = arm(rounds=20, test={0: 0.9, 3: 0.9 + gap, 7: 0.9 + gap}, **more), arm("reinit-chain", test={0: 0.9})
     curve = {"iteration": [5000, 15000, 20000], "test_accuracy": {"mean": accuracies}}
-    return run(*rows, normalization=name, activation="sigmoid") | {"curves": {"ticket": dict.fromkeys(range(21), curve)}}
+    curves = {"ticket": dict.fromkeys(range(21), curve)}
+    return run(*rows, normalization=name, activation="sigmoid") | {"curves": curves}
 
 
 NORMALIZED = [

@@ -148,7 +148,7 @@ def test_outputs(capsys, monkeypatch):
     out, err = capsys.readouterr()
     summary = json.loads(out)
     assert summary["status"]["done"] == 4 and "winning ticket" in err and "run [/x]/figures/tickets.png" in err
-    assert len(list(Path("run [/x]/figures").glob("*.png"))) == 2
+    assert len(list(Path("run [/x]/figures").glob("*.png"))) == 3
     monkeypatch.setattr(cli.plots, "draw", lambda *arguments: [])
     for more, wanted in ([["--quiet", "--json"], out], [["--quiet"], ""]):
         assert main([*TINY, "--out=run [/x]", *more]) == 0

@@ -438,3 +438,56 @@ def test_real_sets(name, sizes, shape, mean, std):
     assert loaded.test.labels[:5].tolist() == first
     counts = loaded.train.labels.bincount() + loaded.validation.labels.bincount()
     assert counts.sum() == sum(sizes[:2]) and (name == "mnist" or (counts == counts[0]).all())
+
+
+def coloured(cifar10, monkeypatch, pixels):
+    """The test set of the small CIFAR-10 with these images, uint8 [20, 3, 32, 32]."""
+    batch = {"data": pixels.reshape(20, 3072), "labels": [i % 10 for i in range(20)]}
+    digest = write_pickle(cifar10 / "test_batch", batch)
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", digest]])
+
+
+def test_grey_28_weighs_colours_and_cuts_the_middle_out(cifar10, tmp_path, monkeypatch):
+    pixels = np.zeros((20, 3, 32, 32), dtype=np.uint8)
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (10, 20, 30), (0, 0, 0), (1, 1, 1)]
+    for place, colour in enumerate(colours):
+        pixels[0, :, 2, 2 + place] = colour  # the first row that stays, from its first column on
+    pixels[0, :, 29, 29] = 200  # the last that stays
+    pixels[0, :, 1], pixels[0, :, 30], pixels[0, :, :, 1], pixels[0, :, :, 30] = 99, 99, 99, 99
+    coloured(cifar10, monkeypatch, pixels)
+    loaded = data.load("cifar10", tmp_path, validation_size=15, images="grey-28")
+    assert_well_formed(loaded, (25, 15, 20), (1, 28, 28))
+    image = loaded.test.images[0, 0]
+    # ITU-R BT.601: 0.299 R + 0.587 G + 0.114 B, rounded
+    assert image[0, :8].tolist() == [76, 150, 29, 255, 18, 0, 1, 0]
+    assert image[27, 27] == 200 and 99 not in image and loaded.test.images.dtype == torch.uint8
+    assert loaded.inputs(loaded.test.images)[0, 0, 0, 3] == 1
+
+
+def test_grey_28_leaves_images_of_that_shape_as_they_are(mnist, tmp_path):
+    plain, grey = (data.load("mnist", tmp_path, validation_size=5, images=images) for images in ("original", "grey-28"))
+    assert all(same(a, b) for a, b in zip(plain[1:4], grey[1:4], strict=True)) and grey.input_shape == (1, 28, 28)
+    assert same(data.load("maxgroup", size=9, images="grey-28").train, data.load("maxgroup", size=9).train)
+
+
+def test_doubled_makes_four_of_each_pixel():
+    plain, doubled = (data.load("digits", images=images) for images in ("original", "doubled"))
+    assert_well_formed(doubled, (1257, 180, 360), (1, 16, 16))
+    for row in (0, 1):
+        for column in (0, 1):
+            assert torch.equal(doubled.train.images[:, :, row::2, column::2], plain.train.images)
+    assert torch.equal(doubled.train.labels, plain.train.labels)
+
+
+def test_statistics_are_those_of_the_changed_images(cifar10, tmp_path):
+    loaded = data.load("cifar10", tmp_path, "statistics", validation_size=5, images="grey-28")
+    assert loaded.scale.shape == (1,)
+    original = loaded.inputs(torch.cat([loaded.validation.images, loaded.train.images]))
+    assert abs(original.mean()) < 1e-2 and abs(original.std(correction=0) - 1) < 1e-2
+
+
+def test_images_refused():
+    assert (
+        refusal("digits", images="grey-28") == "images 'grey-28' are cut from larger ones, but those of digits are 8x8"
+    )
+    assert refusal("digits", images="blue") == "unknown images 'blue': choose from original, grey-28, doubled"

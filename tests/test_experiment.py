@@ -1,5 +1,6 @@
 """A recipe in its run folder: what it writes, and that kills, full disks and damage cost nothing but time."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,35 +9,22 @@ import subprocess
 import sys
 
 import pytest
+import run_folders
 import torch
+from run_folders import TINY, content, differing
 
 import lth_sparse as lth
-from lth_sparse import checkpoint, experiment, lottery, models, report, runs, training
+from lth_sparse import checkpoint, experiment, lottery, models, recipes, report, runs, training
 from lth_sparse.masks import masked_weights
 from lth_sparse.recipe import Recipe
 from lth_sparse.training import group
 from lth_sparse.training.network import Network
 
 ARMS = ("ticket", "reinit", "reinit-chain", "random")
-TINY = dict(dataset="digits", rounds=2, iterations="12", evaluate_every="5", rewind="3", device="cpu", threads=1)
 
 
 def tiny(**given) -> Recipe:
-    return Recipe(**TINY | {"arms": ARMS} | given)
-
-
-def content(run) -> dict:
-    """Every file of a run by its path: bytes, or JSON without seconds."""
-
-    def timeless(value):
-        if isinstance(value, list):
-            return [timeless(item) for item in value]
-        return {k: timeless(v) for k, v in value.items() if k != "seconds"} if isinstance(value, dict) else value
-
-    def read(path):
-        return timeless(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
-
-    return {str(path.relative_to(run)): read(path) for path in run.rglob("*") if path.is_file()}
+    return run_folders.tiny(**{"arms": ARMS} | given)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +87,30 @@ def test_trained_weights_are_those_of_the_early_stop(whole):
         masks = lth.load_(models.build("lenet-300-100", (1, 8, 8)), folder / "ticket.safetensors")
         pairs = zip(masked_weights(model), masked_weights(masks), strict=True)
         assert all(torch.equal(a.mask, b.mask) for a, b in pairs)
+
+
+UNSTABLE = dict(iterations="60", evaluate_every="20", lr=0.02, rounds=1)  # the dense network is best before the end
+
+
+def test_final_weights_are_kept_where_the_score_compares_them_with_the_best(tmp_path):
+    run = experiment.run(tiny(arms=("ticket", "stability"), **UNSTABLE), out=tmp_path / "run")
+    data, folders = experiment.data.load("digits"), [runs.round_folder(run, "stability", 0, round) for round in (0, 1)]
+    assert sorted(run.rglob("final.safetensors")) == [folder / "final.safetensors" for folder in folders]
+    for folder, density in zip(folders, (1, 0.802), strict=True):
+        result = runs.read_json(folder / "result.json")
+        model = lth.load_(models.build("lenet-300-100", (1, 8, 8)), folder / "final.safetensors")
+        assert lth.density(model) == result["density"] == pytest.approx(density, abs=1e-4), "it is not pruned yet"
+        measured = Network([model], data, tiny(), {}).evaluate(data.test)[0].tolist()
+        assert measured == pytest.approx([result["final"]["test_loss"], result["final"]["test_accuracy"]], rel=1e-6)
+    best, final = (
+        checkpoint.read_ticket(folders[0] / f"{name}.safetensors")[0]["fc1.weight"] for name in ("trained", "final")
+    )
+    kept, moved = checkpoint.read_ticket(folders[1] / "ticket.safetensors")[1]["fc1.weight"], (best - final).abs()
+    assert 0 < moved[kept].max() <= moved[~kept].min(), "what the files hold is what was compared"
+    alone = experiment.run(tiny(arms=("ticket",), score="stability", **UNSTABLE), out=tmp_path / "alone")
+    for folder in folders:
+        path = alone / "ticket" / "trial_0" / folder.name / "final.safetensors"
+        assert path.read_bytes() == (folder / "final.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("rewind", ["0", "3"])
@@ -188,6 +200,90 @@ def test_global_scope_takes_the_rate_of_what_there_is(tmp_path):
     assert runs.read_json(run / "ticket/trial_0/round_01/result.json")["density"] == pytest.approx(0.8, abs=1e-5)
 
 
+@pytest.mark.parametrize("density, rounds", [(0.2, 2), (0.05, 3)])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_final_density(density, rounds, scope):
+    asked = dict(final_density=density, rounds=rounds, scope=scope, exclude=("fc2",), arms=("ticket",))
+    recipe = tiny(**asked).resolve(1257)
+    (chain,) = experiment.chains(recipe, experiment.data.load("digits"))
+    lottery.search([chain], lambda tickets: [training.Result() for _ in tickets], rounds, lambda *_: None)
+    kept = {name: int(mask.sum()) for name, mask in chain.masks[rounds].items()}
+    assert kept["fc2"] == 30_000, "excluded"
+    if scope == "global":
+        assert kept["fc1"] + kept["output"] == pytest.approx(density * 20_200, abs=1)
+    else:  # the output at the same rate as the others
+        assert kept["fc1"] == pytest.approx(density * 19_200, abs=1) and kept["output"] == round(density * 1000)
+
+
+def test_layers_left_out(tmp_path):
+    loaded = experiment.data.load("digits")
+    patterns = experiment.chains(tiny(exclude=("fc*",), arms=("ticket",)).resolve(1257), loaded)[0].pruning["rates"]
+    assert patterns == {"fc1": 0, "fc2": 0, "output": 0.1}
+    for wrong, words in {("fc*", "output"): "exclude names every layer, fc1, fc2, output", ("conv1",): "conv1"}.items():
+        with pytest.raises(ValueError, match=words.replace("*", ".")):
+            experiment.run(tiny(exclude=wrong), out=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_round_may_be_longer(tmp_path):
+    seen = []
+    recipe = tiny(arms=("ticket",), rounds=1, iterations="4", first_iterations="9", evaluate_every="3")
+    run = experiment.run(recipe, out=tmp_path / "run", on_metrics=lambda label, row: seen.append((label[-2:], row)))
+    assert [(r, row["iteration"], row["of"]) for r, row in seen] == [("00", i, 9) for i in (3, 6, 9)] + [("01", 4, 4)]
+    results = [runs.read_json(run / f"ticket/trial_0/round_0{round}/result.json") for round in (0, 1)]
+    assert [result["iterations"] for result in results] == [9, 4]
+
+
+VARIANTS = """
+claims = ["LN1"]
+source = "here"
+[settings]
+dataset = "digits"
+rounds = 1
+iterations = 4
+evaluate_every = 2
+arms = ["ticket"]
+device = "cpu"
+threads = 1
+[variant.first]
+[variant.second]
+tickets_of = "first"
+lr = 0.01
+"""
+
+
+def test_variants_have_a_folder_each(tmp_path):
+    (tmp_path / "demo.toml").write_text(VARIANTS)
+    asked, called = recipes.read(tmp_path / "demo.toml"), []
+
+    def variant(name, recipe):
+        called.append((name, recipe))
+        return {"on_round": lambda result: called.append((name, result["round"]))}
+
+    run = experiment.run_all(asked, out=tmp_path / "run", variant=variant)
+    assert [name for name, _ in called] == ["first"] * 3 + ["second"] * 3 and called[0][1] == asked.variants["first"]
+    about = runs.read_json(run / "recipe.json")
+    assert (about["source"], about["claims"], about["variants"]) == ("here", ["LN1"], ["first", "second"])
+    assert about["settings"] == runs.plain(asked.settings())
+    masks = [(run / name / "ticket/trial_0/round_01/ticket.safetensors").read_bytes() for name in asked.variants]
+    ends = [(run / name / "ticket/trial_0/round_00/trained.safetensors").read_bytes() for name in asked.variants]
+    assert masks[0] == masks[1] and ends[0] != ends[1]
+    before = content(run)
+    assert content(experiment.run_all(asked, out=run)) == before
+    longer = recipes.read(tmp_path / "demo.toml", None, arms="ticket,reinit")
+    with pytest.raises(ValueError, match="other settings"):
+        experiment.run_all(longer, out=run)
+    seen = []
+    more = experiment.run_all(
+        longer,
+        out=tmp_path / "more",
+        variant=lambda name, _: {"on_metrics": lambda label, row: seen.append((name, label.split("/")[0]))},
+        reuse=run,
+    )
+    at_once = content(experiment.run_all(longer, out=tmp_path / "at once"))
+    assert differing(content(more), at_once) == [] and set(seen) == {("first", "reinit"), ("second", "reinit")}
+
+
 # Forks a sitting for each line it reads: how much of an undisturbed one, the first, it may last, and what to run.
 SERVER = """
 import json, os, pathlib, signal, sys, time
@@ -256,6 +352,56 @@ def test_full_disk(whole, tmp_path, monkeypatch, call, last, saving):
     assert not [name for name in left if name.endswith(".part")]
     assert all(left[name] == wanted[name] for name in left if not name.endswith("training.safetensors"))
     assert content(experiment.run(tiny(), out=run)) == wanted
+
+
+ONCE = ("ticket", "one-shot", "one-shot-reinit")
+CARRIED = ("freeze", "freeze-zero-toward-all", "keep", "lr-rewind", "redraw")
+FOLLOWING = ("ticket", "sibling", "union", "twin", "constant-sign")
+SCORED = ("snip-at-start", "synflow-at-start", "units", "stability")
+SHORT = dict(iterations="4", evaluate_every="2")
+LEARNING = dict(first_iterations="6", final_density=0.2, exclude=("output",), learn_masks=2)
+NOISY = dict(perturbation=0.5, batch_size=1000)  # of 1,257 images: noise before the third and the fourth step
+
+
+@pytest.mark.parametrize(
+    "room, saving, settings",
+    [
+        *((room, 30.0, {"arms": ONCE, "rewind": rewind}) for room, rewind in [(9, "0"), (13, "3")]),
+        *((room, 30.0, {"arms": CARRIED, "rewind": rewind}) for room, rewind in [(17, "0"), (12, "3")]),
+        *((room, 30.0, {"arms": FOLLOWING, "rewind": rewind}) for room, rewind in [(13, "0"), (16, "3")]),
+        *((room, 30.0, {"arms": SCORED, "rewind": rewind}) for room, rewind in [(11, "0"), (14, "3")]),
+        (5, -1.0, {"arms": ("ticket",), "model": "conv-2", "dropout": 0.5, "rounds": 1}),
+        (5, -1.0, {"arms": ("ticket",), "loss": "squared-error", "optimizer": "radam", "untrained": 1}),
+        (5, -1.0, {"arms": ("ticket", "redraw"), "rounds": 1, **NOISY}),
+        (9, -1.0, {"arms": ("ticket", "one-shot"), **LEARNING}),
+        (9, -1.0, {"arms": ("ticket", "stability"), **UNSTABLE}),
+        (8, 30.0, {"arms": ("ticket", "reinit", "twin"), "tickets_of": "WHOLE", "rewind": "0"}),
+        (8, 30.0, {"arms": ("ticket", "keep"), "without": "WHOLE"}),
+    ],
+    ids=str,
+)
+def test_a_disk_that_is_full_again_and_again(whole, tmp_path, monkeypatch, room, saving, settings):
+    """Each sitting has room for `room` files more, and in the end nobody can tell."""
+    recipe = tiny(**SHORT | {name: str(whole) if value == "WHOLE" else value for name, value in settings.items()})
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    wanted = content(experiment.run(recipe, out=tmp_path / "undisturbed"))
+    assert wanted["summary.json"]["status"]["done"] == wanted["summary.json"]["status"]["planned"]
+    monkeypatch.setattr(group, "SAVE_SECONDS", saving)
+    monkeypatch.setattr(group, "STEPS", 1)
+    replace, left, sittings = os.replace, [], 0
+
+    def full(*arguments):
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left.pop()
+        return replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", full)
+    while "summary.json" not in (found := content(tmp_path / "run")):
+        left[:], sittings = [None] * room, sittings + 1
+        with contextlib.suppress(OSError):
+            experiment.run(recipe, out=tmp_path / "run")
+    assert differing(found, wanted) == [] and 3 < sittings < 40
 
 
 @pytest.mark.parametrize("size", [0, 0.5])

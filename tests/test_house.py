@@ -21,7 +21,7 @@ FLOORS = {
         5: "cli __main__ progress",
         4.5: FACADE,
         4: "lottery arms training data models supermask runs report tables plots claims recipe recipes experiment "
-        "across observations",
+        "across observations determinism",
         3: "convert packing prune structured checkpoint measures",
         2: "scores actions nn masks hooks optim packed",
         1: "ops dispatch costs",
@@ -235,7 +235,7 @@ def copy_sources(to: Path) -> Path:
 def expected_files() -> set[str]:
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "lth_sparse").rglob("*.py")}
     code = [path for folder in ("kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    data = [path for kind in ("toml", "json") for path in (ROOT / "experiments").glob(f"*.{kind}")]
+    data = [path for kind in ("*.toml", "*.json", "tutorials/*.*") for path in (ROOT / "experiments").glob(kind)]
     return package | {f"{FACADE}/{path.relative_to(ROOT)}" for path in [*code, *data]}
 
 

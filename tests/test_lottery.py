@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import lth_sparse as lth
-from lth_sparse.lottery import Chain, find_ticket, search
-from lth_sparse.masks import masked_weights
+from lth_sparse import arms
+from lth_sparse.lottery import Chain, find_ticket, frozen_weights, merged, search
+from lth_sparse.masks import get_masks, masked_weights
 from lth_sparse.training import Result
 
 
@@ -124,18 +125,29 @@ def test_other_refusals():
 ARMS = ("ticket", "reinit", "reinit-chain", "random")
 
 
-def chains(arms=ARMS, trial=0, rewind=0, **pruning):
-    leaders = {}
-    for arm in arms:
-        leader = (leaders["ticket"],) if arm == "reinit" else ()
-        own = {"rate": 0.5, "score": "random" if arm == "random" else "magnitude"} | pruning
-        leaders[arm] = Chain(small(), 7, arm, trial, own, leaders=leader, rewind=rewind)
-    return list(leaders.values())
+def images():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.rand(12, 16, generator=generator), torch.randint(4, (12,), generator=generator))]
+
+
+def chains(names=ARMS, trial=0, rewind=0, **pruning):
+    made = {}
+    for name in names:
+        leaders = tuple(made[other] for other in arms.ARMS[name].masks_of)
+        own = {"rate": 0.5, "score": arms.ARMS[name].score or "magnitude"} | pruning
+        made[name] = Chain(small(), 7, name, trial, own, leaders=leaders, rewind=rewind, batches=images())
+    return list(made.values())
 
 
 def go(given, rounds=3, status="done"):
-    """Run `search` with noise for a training; (arm, round) -> (ticket, values at its start, masks)."""
+    """Run `search` with noise for a training; (arm, round) -> (ticket, values at its start, masks).
+
+    Arms that are the same ticket in round 0 are there once. `chain.ends` has what training left in each round,
+    `chain.frozen` the values that pruned weights had then.
+    """
     seen, recorded = {}, []
+    for chain in given:
+        chain.ends, chain.frozen = {}, {}
 
     def train(tickets):
         return [one(ticket) for ticket in tickets]
@@ -148,11 +160,17 @@ def go(given, rounds=3, status="done"):
         with torch.no_grad():
             for weight in masked_weights(ticket.model):
                 weight.parameter.add_(0.1 * torch.randn(weight.parameter.shape) * weight.mask)
+        chain = next(chain for chain in given if chain.model is ticket.model)
+        chain.ends[int(round[6:])], chain.frozen[int(round[6:])] = (
+            lth.snapshot(chain.model),
+            frozen_weights(chain.model),
+        )
         kept = lth.snapshot(ticket.model) if ticket.keep_at is not None else {}
         return Result(best=lth.snapshot(ticket.model), kept=kept, status=status)
 
     search(given, train, rounds, lambda chain, round, result: recorded.append((chain.arm, round)))
-    assert set(recorded) == set(seen) and len(recorded) == len(seen)
+    assert set(recorded) >= set(seen) and len(recorded) == len(set(recorded))
+    assert {round for _, round in set(recorded) - set(seen)} <= {0}
     return seen
 
 
@@ -248,3 +266,245 @@ def test_scores_see_the_best_weights():
     chain.pruning["score"] = score
     go([chain], rounds=1)
     assert seen == [True]
+
+
+WEIGHTS = ("0", "3")  # the masked layers of `small`, 320 and 80 weights
+OWN = [name for name, arm in arms.ARMS.items() if not arm.masks_of]
+
+
+def initial(seed=7):
+    """The values that every arm but the fresh ones begins with."""
+    return lth.snapshot(Chain(small(), seed).draw_())
+
+
+def pruned(chain, values, masks, rounds, **more):
+    """The masks of a network with these values after `prune_` as the chain calls it following each of `rounds`."""
+    model = lth.rewind_(small(), values)
+    lth.set_masks_(model, masks)
+    lth.rewind_(model, values)
+    for round in rounds:
+        lth.prune_(model, **{"rate": 0.5, "generator": chain.generator("ties", round)} | more)
+    return get_masks(model)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def masked(snap, masks):
+    return merged(masks, snap, {name: torch.zeros_like(tensor) for name, tensor in snap.items()})
+
+
+@pytest.mark.parametrize("first", ["ticket", "one-shot", "snip-at-start", "redraw"])
+@pytest.mark.parametrize("rewind", [0, 5])
+def test_arms_that_share_the_dense_round_train_it_once(first, rewind):
+    same = ("ticket", "one-shot", "keep", "freeze", "redraw", "units", "snip-at-start", "constant-sign", "stability")
+    names = [first, *(name for name in same if name != first)]
+    if first != "ticket":
+        names.remove("constant-sign")
+    trained, results = [], {}
+
+    def train(tickets):
+        trained.append([ticket.label for ticket in tickets])
+        for ticket in tickets:
+            assert (
+                equal(lth.snapshot(ticket.model), initial())
+                or "reinit" in ticket.label
+                or "round_00" not in ticket.label
+            )
+        found = []
+        for ticket in tickets:
+            with torch.no_grad():
+                for weight in masked_weights(ticket.model):
+                    weight.parameter.mul_(2)
+            now = lth.snapshot(ticket.model)
+            found.append(Result(best=now, kept=now if ticket.keep_at else {}))
+        return found
+
+    given = chains([*names, "reinit-chain", "sibling"], rewind=rewind)
+    dense = {}
+    for chain in given:
+        chain.advance = lambda *a, chain=chain, advance=chain.advance: (
+            dense.setdefault(chain.arm, lth.snapshot(chain.model)),
+            advance(*a),
+        )
+    search(given, train, 1, lambda chain, round, result: results.setdefault((chain.arm, round), result))
+    assert trained[0] == [f"{name}/trial_0/round_00" for name in (first, "reinit-chain", "sibling")]
+    assert len(trained[1]) == len(given)
+    assert all(results[name, 0] is results[first, 0] and equal(dense[name], dense[first]) for name in names)
+    doubled = {
+        name: 2 * tensor if name.endswith("weight") and name[0] in WEIGHTS else tensor
+        for name, tensor in initial().items()
+    }
+    assert equal(dense[first], doubled)
+    assert all(chain.finished[0]["density"] == 1 for chain in given)
+
+
+def test_a_network_to_begin_with_is_not_shared():
+    given = chains(["ticket", "one-shot"])
+    given[0].initial = {name: tensor + 1 for name, tensor in initial().items()}
+    seen = go(given, rounds=1)
+    assert equal(seen["ticket", 0][1], given[0].initial) and equal(seen["one-shot", 0][1], initial())
+    assert equal(seen["ticket", 1][1], masked(given[0].initial, seen["ticket", 1][2]))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_masks_of_every_arm_that_makes_its_own(name):
+    (chain,) = given = chains([name])
+    seen = go(given, rounds=2)
+    counts = [sum(int(mask.sum()) for mask in seen[name, round][2].values()) for round in range(3)]
+    if name == "units":  # half of the 20 hidden units, and again
+        assert counts == [400, 10 * 16 + 10 * 4, 5 * 16 + 5 * 4]
+    else:
+        # what is best here is what training left, so that to `stability` no weight is less stable than another
+        wanted = [400] * 3 if name in ("redraw", "stability") else [400, 200, 100]
+        assert counts == pytest.approx(wanted, abs=arms.ARMS[name].substeps - 1), "each step rounds"
+    for round in range(3):
+        _, snap, masks = seen[name, round]
+        assert not any(snap[f"{layer}.weight"][~mask].any() for layer, mask in masks.items())
+        later = seen[name, min(round + 1, 2)][2]
+        assert all((mask >= later[layer]).all() for layer, mask in masks.items()), "masks are nested"
+
+
+def test_one_shot_prunes_the_dense_weights_again_and_again():
+    (chain,) = given = chains(["one-shot"])
+    seen = go(given)
+    for round in range(1, 4):
+        dense = {name: torch.ones_like(mask) for name, mask in seen["one-shot", 0][2].items()}
+        assert equal(seen["one-shot", round][2], pruned(chain, chain.ends[0], dense, range(round)))
+        assert equal(seen["one-shot", round][1], masked(initial(), seen["one-shot", round][2]))
+
+
+@pytest.mark.parametrize("name, substeps", [("snip-at-start", 1), ("synflow-at-start", 10)])
+def test_masks_made_before_training(name, substeps):
+    (chain,) = given = chains([name])
+    seen = go(given, rounds=2)
+    assert equal(seen[name, 0][1], initial()), "the dense network is whole, though its masks are made already"
+    model, start = small(), {key[:1]: tensor for key, tensor in initial().items() if key in ("0.weight", "3.weight")}
+    lth.rewind_(model, initial())
+    for round in range(2):
+        generator = chain.generator("ties", round)
+        for _ in range(substeps):
+            rate = 1 - 0.5 ** (1 / substeps)
+            lth.prune_(model, rate, score=arms.ARMS[name].score, generator=generator, batches=images(), initial=start)
+        assert equal(seen[name, round + 1][2], get_masks(model))
+        assert equal(seen[name, round + 1][1], masked(initial(), get_masks(model)))
+
+
+@pytest.mark.parametrize("name", ["keep", "lr-rewind"])
+def test_kept_weights_go_on_from_where_training_left_them(name):
+    (chain,) = given = chains([name], rewind=5)
+    seen = go(given)
+    for round in range(1, 4):
+        ticket, snap, masks = seen[name, round]
+        assert equal(snap, masked(chain.ends[round - 1], masks))
+        assert equal(masks, pruned(chain, chain.ends[round - 1], seen[name, round - 1][2], [round - 1]))
+        assert (ticket.start, ticket.fine_tune) == ((0, True) if name == "keep" else (5, False))
+    assert not seen[name, 0][0].fine_tune and seen[name, 0][0].keep_at == 5
+
+
+def test_only_keep_is_fine_tuned():
+    assert [name for name, arm in arms.ARMS.items() if arm.fine_tunes] == ["keep"]
+    seen = go(chains(list(arms.ARMS)), rounds=1)
+    assert [arm for (arm, _), (ticket, _, _) in seen.items() if ticket.fine_tune] == ["keep"]
+
+
+@pytest.mark.parametrize("rewind", [0, 5])
+def test_pruned_weights_are_frozen_at_their_initial_values(rewind):
+    (chain,) = given = chains(["freeze"], rewind=rewind)
+    seen = go(given)
+    start = chain.ends[0] if rewind else initial()  # `go` keeps the values of the end for those of iteration 5
+    for round in range(1, 4):
+        _, snap, masks = seen["freeze", round]
+        assert equal(snap, masked(start, masks))
+        wanted = {layer: start[f"{layer}.weight"] * ~mask for layer, mask in masks.items()}
+        assert equal(chain.frozen[round], wanted)
+    assert chain.frozen[0] == {} and set(chain.carried) == {2, 3}, "those of earlier rounds are given up"
+
+
+def test_weights_that_went_toward_zero_are_frozen_or_begin_at_zero():
+    name = "freeze-zero-toward-all"
+    (chain,) = given = chains([name])
+    seen, start = go(given, rounds=2), initial()
+    gone = {layer: torch.zeros_like(mask) for layer, mask in seen[name, 0][2].items()}
+    last = {layer: chain.ends[0][f"{layer}.weight"] for layer in WEIGHTS}
+    for round in (1, 2):
+        _, snap, masks = seen[name, round]
+        for layer, mask in masks.items():
+            begin = start[f"{layer}.weight"]
+            away = torch.where(last[layer].abs() < begin.abs(), 0, begin)
+            assert torch.equal(snap[f"{layer}.weight"], away * mask)
+            assert torch.equal(chain.frozen[round][layer], away * ~mask)
+            assert (away[mask] == 0).any() and (away[mask] != 0).any() and (~mask > gone[layer]).any()
+            gone[layer] = ~mask
+            last[layer] = chain.ends[round][f"{layer}.weight"] + chain.frozen[round][layer]
+
+
+def test_redraw_keeps_all_and_changes_what_would_have_gone():
+    (chain,) = given = chains(["redraw"])
+    seen = go(given, rounds=2)
+    for round, rate in enumerate([0.5, 0.25]):
+        before, after = seen["redraw", round][1], seen["redraw", round + 1][1]
+        dense = seen["redraw", round][2]
+        assert all(mask.all() for mask in dense.values())
+        stay = pruned(chain, chain.ends[round], dense, [round], rate=rate)
+        for layer, mask in stay.items():
+            assert torch.equal(before[f"{layer}.weight"] == after[f"{layer}.weight"], mask)
+            assert int((~mask).sum()) == rate * mask.numel()
+        assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("bias"))
+
+
+def test_what_a_round_started_from_is_known_until_it_is_recorded():
+    (chain,) = given = chains(["redraw"])
+    starts = []
+    search(given, lambda tickets: [Result() for _ in tickets], 1, lambda chain, *_: starts.append(dict(chain.start)))
+    assert equal(starts[0], initial()) and not equal(starts[1], initial())
+
+
+def test_union_and_intersection_of_two_siblings():
+    given = chains(["ticket", "sibling", "union", "intersection"])
+    seen = go(given)
+    for round in range(4):
+        a, b, either, both = (
+            seen[name, round][2] if (name, round) in seen else get_masks(small())
+            for name in ("ticket", "sibling", "union", "intersection")
+        )
+        for layer in WEIGHTS:
+            assert torch.equal(either[layer], a[layer] | b[layer]) and torch.equal(both[layer], a[layer] & b[layer])
+            assert round == 0 or not torch.equal(a[layer], b[layer])
+        for name in ("sibling", "union", "intersection") if round else ():
+            ticket, snap, masks = seen[name, round]
+            assert equal(snap, masked(initial(), masks))
+            assert (ticket.seed == seen["ticket", round][0].seed) == (name != "sibling")
+
+
+@pytest.mark.parametrize("rewind", [0, 5])
+def test_a_twin_sees_the_data_in_another_order(rewind):
+    seen = go(chains(["ticket", "twin"], rewind=rewind))
+    for round in range(4):
+        (ticket, a, masks), (twin, b, others) = seen["ticket", round], seen["twin", round]
+        assert equal(a, b) and equal(masks, others)
+        assert ticket.seed != twin.seed and (ticket.start, ticket.keep_at) == (twin.start, twin.keep_at)
+
+
+def test_constants_of_the_initial_signs():
+    seen = go(chains(["ticket", "constant-sign"]), rounds=1)
+    _, snap, masks = seen["constant-sign", 1]
+    assert equal(masks, seen["ticket", 1][2])
+    for layer, mask in masks.items():
+        begin = initial()[f"{layer}.weight"]
+        wanted = begin.double().std(correction=0).float() * begin.sign() * mask
+        torch.testing.assert_close(snap[f"{layer}.weight"], wanted)
+
+
+def test_merged():
+    a, b = ({"0.weight": value + torch.zeros(2), "0.bias": value + torch.zeros(2)} for value in (1.0, 2.0))
+    found = merged({"0": torch.tensor([True, False])}, a, b)
+    assert found["0.weight"].tolist() == [1, 2] and found["0.bias"].tolist() == [1, 1]
+
+
+def test_an_arm_whose_one_shot_empties_a_layer_collapses_when_it_gets_there():
+    (chain,) = given = chains(["one-shot"], rate=0.9)
+    seen = go(given, rounds=4)
+    assert [sum(int(mask.sum()) for mask in masks.values()) for _, _, masks in seen.values()] == [400, 40, 4]
+    assert chain.status == "collapsed" and set(chain.masks) == {0, 1, 2}

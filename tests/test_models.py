@@ -1,6 +1,7 @@
 """The paper's networks: shapes and counts as printed, pruning ladders, Glorot normal start, refusals."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 
@@ -244,3 +245,48 @@ def test_gradient_reaches_every_parameter(name):
     nn.functional.cross_entropy(model(x), y).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.any(), key
+
+
+def test_dropout_is_before_every_linear_but_the_first_of_the_head():
+    kinds = [type(layer).__name__.lower() for layer in models.build("conv-2", CIFAR10, dropout=0.5)]
+    assert kinds[-8:] == ["flatten", "linear", "relu", "dropout", "linear", "relu", "dropout", "linear"]
+    assert not any(isinstance(layer, models.Dropout) for layer in models.build("conv-2", CIFAR10))
+    with_it, without = (models.build("conv-4", CIFAR10, dropout=rate, generator=seeded()) for rate in (0.3, 0.0))
+    assert all(torch.equal(tensor, without.state_dict()[name]) for name, tensor in with_it.state_dict().items())
+
+
+@pytest.mark.parametrize("name, rate", [("conv-2", 1.0), ("conv-2", -0.1), ("lenet-300-100", 0.5), ("vgg-19", 0.5)])
+def test_dropout_that_no_network_takes_is_refused(name, rate):
+    with pytest.raises(ValueError, match=f"dropout must be 0, or below 1 for conv-2, -4 and -6, got {rate} for {name}"):
+        models.build(name, SHAPES[name], dropout=rate)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1])
+def test_dropout_drops_at_its_rate_and_scales_what_stays(rate):
+    layer, x = models.Dropout(rate).train(), torch.rand(200, 500, generator=seeded()) + 1
+    layer.seed = 3
+    out = layer(x)
+    dropped = out == 0
+    assert abs(dropped.float().mean() - rate) < 5 * (rate * (1 - rate) / x.numel()) ** 0.5
+    torch.testing.assert_close(out[~dropped], x[~dropped] / (1 - rate))
+
+
+def test_dropout_follows_from_its_seed_alone():
+    layer, x = models.Dropout(0.5).train(), torch.ones(4, 50)
+    torch.manual_seed(0)
+    state, found = torch.get_rng_state(), []
+    for seed in (3, 4, 2**63 - 1, 3):
+        layer.seed = seed
+        found.append(layer(x))
+    assert torch.equal(found[0], found[3]) and len({str(out.tolist()) for out in found}) == 3
+    assert torch.equal(torch.get_rng_state(), state), "torch's own generator is left alone"
+    with ThreadPoolExecutor(1) as pool:
+        layer.seed = 3
+        assert torch.equal(pool.submit(layer, x).result(), found[0])
+
+
+def test_dropout_drops_nothing_in_eval_mode_or_without_a_seed():
+    layer, x = models.Dropout(0.9), torch.rand(4, 50)
+    assert torch.equal(layer.train()(x), x)
+    layer.seed = 3
+    assert torch.equal(layer.eval()(x), x) and not torch.equal(layer.train()(x), x)

@@ -180,3 +180,38 @@ def test_identity_changes_with_every_field():
         seen.add(changed.identity())
     assert len(seen) == len(fields(Recipe)) + 1
     assert all(len(identity) == 8 and int(identity, 16) >= 0 for identity in seen)
+
+
+@pytest.mark.parametrize("given, meant", [("", ""), ("26ep", 2600), ("300", 300), ("0.5ep", 50)])
+def test_steps_of_the_first_round(given, meant):
+    found = Recipe(iterations="40", evaluate_every="10", first_iterations=given, **FIXED).resolve(6000)
+    assert (found.first_iterations, found.iterations) == (meant, 40) and found.resolve(6000) == found
+
+
+@pytest.mark.parametrize("given", ["0", "10", "soon", "0.5"])
+def test_a_first_round_that_does_not_reach_the_rewinding_is_refused(given):
+    asked = Recipe(iterations="40", evaluate_every="10", rewind="10", first_iterations=given, **FIXED)
+    assert "first_iterations" in refusal(asked.resolve, 6000)
+    assert (
+        Recipe(iterations="40", evaluate_every="10", rewind="10", first_iterations="11", **FIXED)
+        .resolve(6000)
+        .first_iterations
+        == 11
+    )
+
+
+def test_lists_and_words_of_options():
+    found = parse({"exclude": "output, conv1", "loss": "squared_error", "images": "grey28", "arms": "ticket,keep"})
+    assert (found.exclude, found.loss, found.images) == (("output", "conv1"), "squared-error", "grey-28")
+    assert parse({"exclude": ["output"]}).exclude == ("output",) and parse({"untrained": "1"}).untrained == 1
+
+
+@pytest.mark.parametrize("arm", ["reinit", "twin", "union", "constant-sign", "one-shot-reinit"])
+def test_arms_that_take_masks_need_whom_to_take_them_from(arm):
+    assert f"the arm {arm!r} takes the masks of the arm" in refusal(Recipe, arms=(arm,))
+
+
+def test_with_tickets_of_another_run_no_arm_makes_masks():
+    assert "'sibling' makes its own" in refusal(Recipe, tickets_of="first", arms=("ticket", "sibling"))
+    arms = ("ticket", "reinit", "twin", "constant-sign")
+    assert Recipe(tickets_of="first", arms=arms).settings()["tickets_of"] == "first"

@@ -416,3 +416,83 @@ def test_freed_memory_is_kept_where_malloc_can(monkeypatch):
         monkeypatch.setattr("ctypes.CDLL", lambda name, libc=libc: libc)
         training.keep_freed_memory()
     assert set_options == [(-8, 1), (-3, 2**30), (-1, 2**31 - 1)]
+
+
+OPTIONS = {
+    "dropout": {"model": "conv-2", "dropout": 0.5},
+    "squared-error": {"loss": "squared-error"},
+    "radam": {"optimizer": "radam"},
+    "perturbation": {"perturbation": 0.5},
+}
+
+
+def optional(data, name, **more):
+    given = ticket(data, model=OPTIONS[name].get("model", "lenet-300-100"), **more)
+    if name == "dropout":
+        masks = lth.snapshot(given.model), lth.get_masks(given.model)
+        given.model = lth.sparsify_(models.build("conv-2", data.input_shape, dropout=0.5))
+        lth.set_masks_(given.model, masks[1])
+        lth.rewind_(given.model, masks[0])
+    return given
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_resumed_bits_with_options(monkeypatch, tmp_path, name):
+    data, recipe = tiny(), settings(**{"iterations": "12"} | OPTIONS[name])
+    whole = optional(data, name, keep_at=9)
+    wanted = bits(whole, train([whole], data, recipe)[0])
+    off = {option: getattr(Recipe(dataset="digits"), option) for option in ("loss", "optimizer", "perturbation")}
+    plain = ticket(data, model=recipe.model, keep_at=9)
+    assert bits(plain, train([plain], data, replace(recipe, **off))[0]) != wanted, "the option does something"
+    others = [optional(data, name, keep_at=9), ticket(data, 1, model=recipe.model, keep_at=9)]
+    assert bits(others[0], train(others, data, recipe)[0]) == wanted, "in whatever thread"
+    for iteration in (4, 8, 11):
+        folder = tmp_path / str(iteration)
+        folder.mkdir()
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stop_at(patch, iteration)
+            train([optional(data, name, keep_at=9, folder=folder)], data, recipe)
+        again = optional(data, name, keep_at=9, folder=folder)
+        assert bits(again, train([again], data, recipe)[0]) == wanted, f"stopped at {iteration}"
+    for weight in masked_weights(whole.model):
+        assert not weight.parameter[~weight.mask].any() and not weight.mask.all()
+
+
+def test_each_step_and_each_layer_drops_other_units(monkeypatch):
+    data, seeds = tiny(), []
+    forward = models.Dropout.forward
+
+    def seen(self, x):
+        if self.training:
+            seeds.append(self.seed)
+        return forward(self, x)
+
+    monkeypatch.setattr(models.Dropout, "forward", seen)
+    train([optional(data, "dropout", start=2)], data, settings(**OPTIONS["dropout"], iterations="6"))
+    assert seeds == list(range(4, 12)), "two layers in the iterations 2 to 5 of seed 0"
+
+
+def test_squared_error_is_the_distance_to_the_indicators():
+    data = tiny()
+    network = ticket(data).model
+    logits = network(data.train.images).detach().double()
+    wanted = (logits - F.one_hot(data.train.labels, 10)).square().sum(1).mean()
+    loss, accuracy = evaluated(network, data.train, settings(loss="squared-error"))
+    assert loss == pytest.approx(float(wanted), rel=1e-5)
+    assert accuracy == float((logits.argmax(1) == data.train.labels).double().mean())
+    slow = settings(lr=1e-9, batch_size=60, loss="squared-error")
+    given = Ticket(network, "ticket/trial_0/round_01", 0)
+    assert train([given], data, slow)[0].history[0]["train_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_radam_is_that_of_torch():
+    data, recipe = tiny(), settings(optimizer="radam", lr=0.01, iterations="9", batch_size=60)
+    given, model = ticket(data), ticket(data).model
+    train([given], data, recipe)
+    optimizer = torch.optim.RAdam(model.parameters(), lr=0.01)
+    for _ in range(9):  # the whole set in each step: the order is that of additions only
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.train.images), data.train.labels).backward()
+        optimizer.step()
+    for mine, wanted in zip(given.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """Tickets trained together from their start to the end: evaluated, saved, resumed to the same bits."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -7,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..actions import rewind_
+from ..actions import check_same_entries, rewind_
 from ..checkpoint import read_tensors, write_tensors
 from ..data import Data
 from ..recipe import Recipe
+from ..runs import fits
 from .augmentation import draw_moves
 from .graph import STEPS, Steps
 from .network import Network
@@ -20,6 +22,7 @@ from .stack import Stack
 from .tickets import Result, Ticket, is_finite
 from .turns import Turns
 
+EVALUATED = ("iteration", "train_loss", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy")
 SAVE_SECONDS = 30.0  # at most this much training is lost to a kill; saving a LeNet takes 10 ms
 
 
@@ -143,6 +146,17 @@ class Group:
         if self._file is None or not self._file.exists():
             return
         tensors, progress = read_tensors(self._file)
+        try:
+            self._take_up(tensors, progress)
+        except torch.OutOfMemoryError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{self._file} is damaged: it is no state of this training") from error
+        for ticket, result in zip(self.tickets, self.results, strict=True):
+            for row in result.history[-1:]:
+                on_metrics(ticket.label, row)
+
+    def _take_up(self, tensors, progress):
         labels = [ticket.label for ticket in self.tickets]
         whole, finished = labels == progress["labels"], progress["iteration"] == self.recipe.iterations
         if not whole and not (finished and set(labels) < set(progress["labels"])):
@@ -154,6 +168,8 @@ class Group:
             group, _, name = key.partition("/")
             # indexed, it is a copy, aligned again: read tensors lie where they lay
             groups.setdefault(group, {})[name] = tensor[rows] if group in ("now", "best", "kept") else tensor.clone()
+        for name in ("now", *(name for name in ("best", "kept") if groups[name])):
+            check_same_entries("the state", groups[name], self.learner.tensors())
         self.learner.load_(groups["now"])
         device = self.recipe.device
         self.best, self.kept = ({k: t.to(device) for k, t in groups[name].items()} for name in ("best", "kept"))
@@ -161,17 +177,32 @@ class Group:
             state = self.learner.optimizer.state_dict()
             state["state"] = {int(g.split(".")[1]): named for g, named in groups.items() if g.startswith("optimizer.")}
             self.learner.optimizer.load_state_dict(state)
-        self.iteration, self.seconds = progress["iteration"], progress["seconds"]
+            _check_moments(self.learner.optimizer)
+        self.iteration, self.seconds = int(progress["iteration"]), float(progress["seconds"])
+        if not self.tickets[0].start <= self.iteration <= self.recipe.iterations:
+            raise ValueError(f"iteration {self.iteration} of {self.recipe.iterations}")
+        if not fits(progress["histories"], [[dict]]):
+            raise ValueError("histories are lists of rows")
         self.results = [Result(progress["histories"][row]) for row in rows]
-        for ticket, result in zip(self.tickets, self.results, strict=True):
-            for row in result.history[-1:]:
-                result.status = "done" if is_finite(row) else "diverged"
-                on_metrics(ticket.label, row)
+        for result in self.results:
+            for row in result.history:
+                [math.isfinite(row[name]) for name in EVALUATED]  # each is there, and a number
+            if result.history and not is_finite(result.history[-1]):
+                result.status = "diverged"
 
     @property
     def _file(self):
         folder = self.tickets[-1].folder
         return None if folder is None else folder / "training.safetensors"
+
+
+def _check_moments(optimizer):
+    """ValueError where the state of a parameter is not its own: fused kernels would read past the end of it."""
+    for parameter, state in optimizer.state.items():
+        names = ("momentum_buffer",) if len(state) == 1 else ("step", "exp_avg", "exp_avg_sq")
+        wanted = {name: () if name == "step" else tuple(parameter.shape) for name in names}
+        if {name: tuple(value.shape) for name, value in state.items()} != wanted:
+            raise ValueError("the optimizer's state has other shapes")
 
 
 def _copies(tensors):

@@ -60,11 +60,11 @@ def _plan(tickets, data, recipe) -> Plan:
     models = [ticket.model for ticket in tickets]
     folders = [ticket.folder for ticket in tickets if ticket.folder is not None]
     if folders and all((folder / _FILE).exists() for folder in folders):
-        chosen = runs.read_json(folders[0] / _FILE)
+        chosen = runs.read_json(folders[0] / _FILE, {str: str})
     else:
         chosen = _choose(models, data, recipe)
         for folder in folders:
-            runs.write_json(folder / _FILE, chosen)
+            runs.store(folder / _FILE, chosen)
     return Plan(tickets, _kind(models[0], recipe, chosen), chosen)
 
 
@@ -79,7 +79,7 @@ def _choose(models, data, recipe) -> dict[str, str]:
     if stacks:
         return stack.strategies(models, recipe)
     sample = data.inputs(data.train.images[: recipe.batch_size])
-    forced = "masked" if _is_frozen(models[0]) else recipe.strategy
+    forced = "masked" if _is_frozen(models[0]) or recipe.perturbation else recipe.strategy
     return {name: choice.strategy for name, choice in choose_strategies(models[0], sample, forced).items()}
 
 

@@ -31,7 +31,8 @@ class Result:
 
     `history` has one dict per evaluation: iteration, train_loss (mean since the last one), validation_loss,
     validation_accuracy, test_loss, test_accuracy (fractions). `best` are the values of lowest validation loss,
-    `kept` those of iteration `keep_at`. `status` is "done" or "diverged"; `seconds` counts earlier sittings too, and
+    `kept` those of iteration `keep_at`, `final` those of the last where the search needs them after it has pruned the
+    model. `status` is "done" or "diverged"; `seconds` counts earlier sittings too, and
     is that of the whole group. `how` says how it was computed: `group`, the tickets trained together; `strategies`
     by layer; `captured`, whether in a CUDA graph, or why not. `metrics` is what a user's own training returned
     instead.
@@ -40,6 +41,7 @@ class Result:
     history: list[dict] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    final: dict[str, Tensor] = field(default_factory=dict)
     status: str = "done"
     train_accuracy: float = float("nan")
     seconds: float = 0.0

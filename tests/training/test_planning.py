@@ -49,6 +49,7 @@ def test_with_frozen_weights_a_model_trains_as_a_masked_network(strategy):
 def test_on_cuda_together_are_those_of_one_start_and_one_schedule():
     class Cuda:
         device, precision, augmentation = "cuda", "fp32", "none"
+        loss, optimizer, perturbation = "cross-entropy", "adam", 0.0
 
     def key(number, given):
         return planning._key(given, number, Cuda)
