@@ -180,7 +180,7 @@ def test_interrupts(tmp_path, no_figures):
         out, err = process.communicate(timeout=100)
         assert process.returncode == 130 and out == "" and "interrupted" in err and err.count("\n") == 1, err
         assert sorted(path.name for path in folder.iterdir()) == ["strategies.json", "training.safetensors"]
-        assert trained < (trained := read_tensors(state)[1]["iteration"]) < 2000
+        assert trained <= (trained := read_tensors(state)[1]["iteration"]) < 2000  # at once, or after a turn
     for run in ("run", "undisturbed"):
         assert main([*given, f"--out={run}"]) == 0
     for name in ("metrics.jsonl", "ticket.safetensors", "trained.safetensors"):
