@@ -18,6 +18,7 @@ def poison():
     """Fill every empty tensor with NaN, so that an output nobody wrote cannot pass for a right one."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)  # a benchmark that a test ran may have left it on
 
 
 def pytest_collection_modifyitems(items):

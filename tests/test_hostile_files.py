@@ -187,7 +187,7 @@ def lines_of(run, command, *options):
     """Exit code and stderr of `lth`; any exception is the failure."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         said = io.StringIO()
-        patch.setattr(cli.console, "file", said)
+        patch.setattr(cli.console, "_file", said)  # its property would pin the stream of now
         patch.setattr(cli.plots, "draw", lambda *arguments: [])
         return cli.main([command, str(run), *options]), said.getvalue()
 
