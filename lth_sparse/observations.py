@@ -4,9 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 from . import checkpoint, measures, models, runs, supermask
 from .actions import snapshot
 from .convert import sparsify_
@@ -77,12 +74,9 @@ def _zeros(model):
     return sum(int((values == 0).sum()) for values in used) / sum(values.numel() for values in used)
 
 
-@torch.no_grad()
 def evaluate(model, data: Data, split: Split) -> tuple[float, float]:
     """Mean cross-entropy and accuracy of a model over `split`, in eval mode; its mode is as before after."""
-    was, size = model.training, 1000 if split.labels.device.type == "cpu" else 5000
-    model.eval()
-    logits = torch.cat([model(data.inputs(images)).float() for images in split.images.split(size)])
+    was = model.training
+    found = data.evaluate(model.eval(), split)
     model.train(was)
-    correct = (logits.argmax(1) == split.labels).double().mean()
-    return float(F.cross_entropy(logits, split.labels)), float(correct)
+    return found

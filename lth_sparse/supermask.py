@@ -5,6 +5,7 @@ Zhou, Lan, Liu, Yosinski 2019, "Deconstructing Lottery Tickets" (arXiv:1905.0106
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -173,17 +174,13 @@ def _row(network, probabilities, data, rescale, samples, generator):
     return {"density": density} | means | {f"thresholded_{name}": value for name, value in likely.items()}
 
 
-@torch.no_grad()
 def _evaluate(network, masks, data, rescale):
     """Mean cross-entropy and accuracy on validation and test, in eval mode; train mode after."""
     network.eval()
-    found, size = {}, 1000 if data.train.labels.device.type == "cpu" else 5000  # as the engine's Network
+    found, forward = {}, partial(_forward, network, masks, rescale)
     for name in ("validation", "test"):
-        images, labels = getattr(data, name)
-        parts = [_forward(network, masks, rescale, data.inputs(part)) for part in images.split(size)]
-        logits = torch.cat(parts).float()
-        found[f"{name}_loss"] = float(F.cross_entropy(logits, labels))
-        found[f"{name}_accuracy"] = float((logits.argmax(1) == labels).double().mean())
+        loss, accuracy = data.evaluate(forward, getattr(data, name))
+        found |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
     network.train()
     return found
 
