@@ -43,7 +43,7 @@ class Network:
         images = self._images(self.data.train, indices[0])
         images = images if moves is None else augmented(images, moves[0])
         with _precision(self.recipe):
-            loss = self._loss(self.model(images), self.data.train.labels[indices[0]]).mean()
+            loss = self._loss(self.model(images), self.data.train.labels[indices[0]], "mean")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -62,7 +62,7 @@ class Network:
                 logits = self.model(self._images(split, indices)).float()
             labels = split.labels[indices]
             correct = (logits.argmax(1) == labels).sum()
-            sums += torch.stack([self._loss(logits, labels).sum(), correct]).double()
+            sums += torch.stack([self._loss(logits, labels, "sum"), correct]).double()
         self.model.train()
         return sums[None].cpu() / len(split.labels)
 
@@ -93,11 +93,12 @@ class Network:
     def _images(self, split, indices):
         return self.data.inputs(split.images.index_select(0, indices))
 
-    def _loss(self, logits, labels) -> Tensor:
-        """The loss of each image: cross-entropy, or the squared distance to the indicators of the classes."""
+    def _loss(self, logits, labels, reduction) -> Tensor:
+        """Cross-entropy, or the squared distance to the indicators of the classes; "mean" or "sum" over images."""
         if self.recipe.loss == "cross-entropy":
-            return F.cross_entropy(logits, labels, reduction="none")
-        return (logits - F.one_hot(labels, logits.shape[1])).square().sum(1)
+            return F.cross_entropy(logits, labels, reduction=reduction)
+        each = (logits - F.one_hot(labels, logits.shape[1])).square().sum(1)
+        return each.mean() if reduction == "mean" else each.sum()
 
     def _draw(self):
         if not self.draws:

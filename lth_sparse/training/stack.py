@@ -84,9 +84,7 @@ class Stack:
         for depth in reversed(range(len(self.layers))):
             layer, x = self.layers[depth], inputs[depth]
             dy = layer.how.arranged(dy)
-            if (
-                layer.values.is_cuda
-            ):  # the next gradients take this memory, and the optimizer's table of addresses holds
+            if layer.values.is_cuda:  # the next gradients take this memory: the optimizer's table of addresses holds
                 layer.values.grad = layer.bias.grad = None
             gradient, layer.bias.grad = layer.how.weight_gradient(dy, x, layer.values, layer.pattern, layer.sizes)
             layer.values.grad = gradient.view_as(layer.values)
