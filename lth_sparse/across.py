@@ -51,12 +51,13 @@ def take_network_without(chains: list[Chain], source: Path, recipe: Recipe) -> N
         ValueError: that run is of another model or seed, or has no ticket.
     """
     _check_alike(source, recipe)
-    found = [result for result in report.results(source) if result["arm"] == "ticket" and result["round"]]
+    results = report.results(source)
+    found = [result for result in results if result["arm"] == "ticket" and result["round"]]
     for chain in chains:
         rounds = [result["round"] for result in found if result["trial"] == chain.trial]
         if not rounds:
             raise ValueError(f"{source} has no ticket of trial {chain.trial}")
-        winner = report.winner(report.results(source), chain.trial)
+        winner = report.winner(results, chain.trial)
         round = winner["round"] if winner and winner["round"] else max(rounds)
         old = _stored(chain, source, "initial") or snapshot(chain.draw_())
         path = runs.round_folder(source, "ticket", chain.trial, round) / "ticket.safetensors"

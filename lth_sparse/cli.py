@@ -145,16 +145,18 @@ def _carry_out(asked, data_dir, options):
             return {"on_metrics": progress.metrics, "on_round": progress.round}
 
         folder = experiment.run_all(asked, data_dir, options.out, variant, getattr(options, "reuse", None))
-    figures = _draw(folder, folder / "figures")
+    found = _read(folder)
+    figures = _draw(folder, found, folder / "figures")
     if not options.quiet:
-        _print_tables(folder)
+        _print_tables(folder, found)
         _print_paths(folder, figures)
     if options.json:
-        print(json.dumps(_document(folder), indent=1))
+        print(json.dumps(_document(found), indent=1))
 
 
 def _ls(options):
     table = Table("run", "done", "winning ticket", "test accuracy", box=None)
+    table.columns[0].overflow = "fold"  # which variant it is stands at the end
     for path in sorted(options.folder.glob("*/recipe.json")) if options.folder.is_dir() else ():
         for run in report.variants(path.parent).values():
             summary = report.summarize(run)
@@ -169,46 +171,48 @@ def _ls(options):
 
 def _report(options):
     folder = _run_folder(options.run)
-    written = _draw(folder, options.save) if options.save else []
+    found = _read(folder)
+    written = _draw(folder, found, options.save) if options.save else []
     for name, run in report.variants(folder).items():
         written += report.export(run, options.export / name) if options.export else []
         if options.save:
             written += [options.save / name / "summary.json"]
-            runs.write_json(written[-1], report.summarize(run))
+            runs.write_json(written[-1], found[name][0])
     for path in written:
         console.print(str(path), soft_wrap=True)
-    _print_tables(folder)
+    _print_tables(folder, found)
     if options.json:
-        print(json.dumps(_document(folder), indent=1))
+        print(json.dumps(_document(found), indent=1))
 
 
-def _document(folder):
+def _read(folder):
+    """Summary and curves of a run, or of its variants by name."""
+    return {name: (report.summarize(run), report.curves(run)) for name, run in report.variants(folder).items()}
+
+
+def _document(found):
     """What --json prints: the summary of a run, or those of its variants by name."""
-    summaries = {name: report.summarize(run) for name, run in report.variants(folder).items()}
+    summaries = {name: summary for name, (summary, _) in found.items()}
     return summaries.get("", summaries)
 
 
-def _draw(folder, to):
+def _draw(folder, found, to):
     """Write the figures of a run: its own, or those of each variant and of all side by side."""
-    summaries, paths = {}, []
-    for name, run in report.variants(folder).items():
-        summaries[name] = report.summarize(run)
-        paths += plots.draw(summaries[name], report.curves(run), to / name)
-    if "" not in summaries and summaries:
-        paths += plots.draw(report.side_by_side(runs.read_recipe(folder)["name"], summaries), {}, to)
+    paths = [path for name, (summary, curves) in found.items() for path in plots.draw(summary, curves, to / name)]
+    if "" not in found and found:
+        paths += plots.draw(report.side_by_side(runs.read_recipe(folder)["name"], _document(found)), {}, to)
     return paths
 
 
-def _print_tables(folder):
-    runs_of = report.variants(folder)
-    summaries = {name: report.summarize(run) | {"curves": report.curves(run)} for name, run in runs_of.items()}
+def _print_tables(folder, found):
+    summaries = {name: summary | {"curves": curves} for name, (summary, curves) in found.items()}
     for part in tables.of(summaries, runs.read_recipe(folder)["claims"]):
         console.print(part, soft_wrap=isinstance(part, str))
 
 
 def _plot(options):
     folder = _run_folder(options.run)
-    figures = _draw(folder, folder / "figures")
+    figures = _draw(folder, _read(folder), folder / "figures")
     _print_paths(folder, figures)
     if options.json:
         print(json.dumps([str(path) for path in figures]))
@@ -271,8 +275,9 @@ def _run_folder(given):
 
 
 def _list_recipes(options):
-    found = {name: recipes.read(path) for name, path in recipes.known().items()}
-    saved = {name: report.saved(recipes.known()[name]) for name in found}
+    known = recipes.known()
+    found = {name: recipes.read(path) for name, path in known.items()}
+    saved = {name: report.saved(path) for name, path in known.items()}
     if options.json:
         listed = {name: asked._asdict() | {"variants": asked.settings()} for name, asked in found.items()}
         print(json.dumps({name: entry | {"result": saved[name]} for name, entry in listed.items()}, indent=1))

@@ -17,7 +17,7 @@ from .recipe import Recipe
 from .recipes import Experiment
 from .training import Result
 
-SAMPLES = 10  # of each class, for scores that look at data: Lee et al. 2019 take 100 images, the second seed 10 a class
+SAMPLES = 10  # of each class, for scores that look at data: 100 images, as Lee et al. 2019 take, and lecode
 
 
 def run_all(
@@ -42,7 +42,7 @@ def run_all(
         return run(recipe, data_dir, out, asked.name, **variant("", recipe), reuse=reuse, **about)
     with runs.opened(asked, asked.name, out, variants=list(asked.variants), **about) as folder:
         for name, recipe in asked.variants.items():
-            taken = across.find(name, reuse / name) if reuse and (reuse / name / "recipe.json").is_file() else None
+            taken = reuse / name if reuse and (reuse / name / "recipe.json").is_file() else None
             run(recipe, data_dir, folder / name, name, **variant(name, recipe), reuse=taken)
         return folder
 
@@ -115,10 +115,11 @@ def run(
             return results
 
         search(searched, train, recipe.rounds, record)
-        _save_winner(searched, folder)
         if recipe.learn_masks:
             observations.learn_masks(recipe, loaded, folder, on_metrics)
-        runs.store(folder / "summary.json", report.summarize(folder))
+        summary = report.summarize(folder)
+        _save_winner(searched, folder, summary["winning_ticket"])
+        runs.store(folder / "summary.json", summary)
     return folder
 
 
@@ -230,9 +231,8 @@ def _restore(chain) -> list[dict]:
     return results
 
 
-def _save_winner(chains, folder):
+def _save_winner(chains, folder, winner):
     """Write the winning ticket of trial 0: its masks, and the values it starts from."""
-    winner = report.summarize(folder)["winning_ticket"]
     chain = next((chain for chain in chains if chain.arm == "ticket" and chain.trial == 0), None)
     if winner is None or chain is None:
         return

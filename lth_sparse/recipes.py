@@ -98,7 +98,8 @@ def _tables(document, path) -> tuple[Mapping, Mapping, Mapping]:
         raise ValueError(f"{path} may hold {', '.join(entries[:4])}, [variant.NAME] and [scale.NAME], got {got}")
     for name in filterfalse(is_name, tables[1]):
         raise ValueError(f"{path} has a variant {name!r}, which cannot be the name of its folder")
+    ids = load() if claimed else {}
     for claim in claimed:
-        if claim not in load():
-            raise ValueError(unknown(f"claim in {path}:", claim, load()))
+        if claim not in ids:
+            raise ValueError(unknown(f"claim in {path}:", claim, ids))
     return tuple(tables)
