@@ -1,4 +1,4 @@
-"""What a run found: rows over trials, curves, and the first seed's JSON files."""
+"""What a run found: rows over trials, curves, and the JSON files of the TU Delft reproduction."""
 
 from pathlib import Path
 from types import NoneType

@@ -112,7 +112,7 @@ def test_every_recipe_says_where_it_is_from_and_can_be_read_at_any_scale(name):
 
 def test_every_arm_is_in_a_recipe():
     used = {arm for path in KNOWN.values() for recipe in recipes.read(path).variants.values() for arm in recipe.arms}
-    assert set(ARMS) - used == {"reinit-chain"}  # the first seed's third arm, an option of find-ticket
+    assert set(ARMS) - used == {"reinit-chain"}  # the TU Delft reproduction's third arm, an option of find-ticket
 
 
 def test_find():
