@@ -3,7 +3,6 @@
 Exit codes: 0 done; 1 failed while running; 2 arguments or input files; 130 interrupted, with the state saved.
 """
 
-import argparse
 import contextlib
 import json
 import signal
@@ -15,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from . import (
-    __version__,
     determinism,
     dispatch,
     experiment,
@@ -25,26 +23,24 @@ from . import (
     recipes,
     report,
     runs,
+    shards,
     tables,
     training,
 )
+from .arguments import assignment, parser
 from .progress import Progress
 
 console = Console(stderr=True, highlight=False, markup=False)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process unless given); returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     training.keep_freed_memory()
+    shards.take_device()
     try:
-        options = _parser().parse_args(arguments)
-        return options.command(options) or 0
+        options = parser().parse_args(arguments)
+        return COMMANDS[options.command](options) or 0
     except KeyboardInterrupt:
         return _fail("interrupted; the state is saved, and the same command goes on from here", 130)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
@@ -56,58 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(sentence, code):
     console.print(f"lth: {' '.join(sentence.split())}", soft_wrap=True)
     return code
-
-
-def _parser():
-    parser = _Parser("lth", description="Find winning tickets, and train them sparse.")
-    parser.add_argument("--version", action="version", version=f"lth-sparse {__version__}")
-    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    find = verbs.add_parser("find-ticket", help="the main job: prune iteratively, with controls")
-    find.add_argument("words", nargs="*", metavar="MODEL DATASET [DATA_DIR]", help="DATA_DIR is datasets unless given")
-    for f in fields(recipe.Recipe):
-        choices = f"; one of {', '.join(f.metadata['choices'])}" if f.metadata.get("choices") else ""
-        flags = ("--" + f.name.replace("_", "-"), *f.metadata["aliases"])
-        find.add_argument(*flags, dest=f.name, metavar="X", help=f.metadata["help"] + choices)
-    _add_output(find, _find_ticket)
-    run = verbs.add_parser("run", help="run an experiment; again to go on where it stopped")
-    run.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name from --list, or the path of a TOML file")
-    run.add_argument("data_dir", nargs="?", default="datasets", metavar="DATA_DIR", help="the data (datasets)")
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, or the scale")
-    run.add_argument(
-        "--reuse", type=Path, metavar="RUN", help="take over the rounds of a run with other arms, rounds or trials"
-    )
-    run.add_argument("--list", action="store_true", help="list the recipes")
-    _add_output(run, _run)
-    ls = verbs.add_parser("ls", help="list what ran")
-    ls.add_argument("folder", nargs="?", default="runs", type=Path, metavar="DIR", help="where the runs are (runs)")
-    ls.set_defaults(command=_ls)
-    for verb, command, text in [("report", _report, "print the table of a run"), ("plot", _plot, "draw its figures")]:
-        sub = verbs.add_parser(verb, help=text)
-        sub.add_argument("run", metavar="RUN", help="a run folder, or the start of its name in runs/")
-        sub.set_defaults(command=command)
-        if verb == "report":
-            sub.add_argument("--export", type=Path, metavar="DIR", help="write data.json, data_random.json, ... there")
-            sub.add_argument("--save", type=Path, metavar="DIR", help="write summary.json and the figures there")
-        sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-    bench = verbs.add_parser("bench", help="measure what sparse training gains, and where it loses")
-    levels = {"choices": ("smoke", "core", "full"), "default": "smoke"}
-    bench.add_argument("--level", **levels, help="smoke (3 minutes), core (9 minutes on a GPU) or full (hours)")
-    bench.add_argument("--out", type=Path, metavar="DIR", help="records and figures (runs/bench-LEVEL-DEVICE)")
-    bench.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU")
-    bench.add_argument("--json", action="store_true", help="print the records as one JSON document on stdout")
-    bench.set_defaults(command=_bench)
-    env = verbs.add_parser("env", help="versions, device, and what can run here")
-    env.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-    env.add_argument("--determinism", action="store_true", help="train a small network twice and compare the bits")
-    env.set_defaults(command=_env)
-    return parser
-
-
-def _add_output(parser, command):
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (runs/NAME--IDENTITY)")
-    parser.add_argument("--quiet", action="store_true", help="no progress, no table")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON document on stdout")
-    parser.set_defaults(command=command)
 
 
 def _find_ticket(options):
@@ -130,21 +74,37 @@ def _run(options):
         _list_recipes(options)
         return
     path = recipes.find(options.recipe)
-    changes = dict(_assignment(text) for text in options.set)
+    changes = dict(assignment(text) for text in options.set)
     return _carry_out(recipes.read(path, changes.pop("scale", None), **changes), options.data_dir, options)
 
 
 def _carry_out(asked, data_dir, options):
+    shard = shards.parse(options.shard) if options.shard else shards.of_torchrun()
     with contextlib.ExitStack() as stack:
 
         def variant(name, settings):
             stack.close()
             if name and not options.quiet:
                 console.print(f"{asked.name}: {name}", soft_wrap=True)
-            progress = stack.enter_context(Progress(settings, console, options.quiet))
+            progress = stack.enter_context(Progress(settings, console, options.quiet, live=shard is None))
             return {"on_metrics": progress.metrics, "on_round": progress.round}
 
-        folder = experiment.run_all(asked, data_dir, options.out, variant, getattr(options, "reuse", None))
+        reuse = getattr(options, "reuse", None)
+        folder = experiment.run_all(asked, data_dir, options.out, variant, reuse, shard)
+    if shard and not all(shards.is_done(folder / name) for name in asked.variants):
+        console.print(f"{shard} is done, others of {folder} are not yet", soft_wrap=True)
+        return
+    with runs.alone(folder):
+        _show(folder, options)
+
+
+def _merge(options):
+    folder = shards.merge(options.runs, options.out)
+    _show(folder, options)
+
+
+def _show(folder, options):
+    """Print what a run found, and draw its figures."""
     found = _read(folder)
     figures = _draw(folder, found, folder / "figures")
     if not options.quiet:
@@ -290,8 +250,13 @@ def _list_recipes(options):
     console.print("CPU: two cores, measured or counted from steps; GPU: one H200, modelled and not yet measured.")
 
 
-def _assignment(text):
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set takes KEY=VALUE, got {text!r}")
-    return key.strip(), value.strip()
+COMMANDS = {
+    "find-ticket": _find_ticket,
+    "run": _run,
+    "merge": _merge,
+    "ls": _ls,
+    "report": _report,
+    "plot": _plot,
+    "bench": _bench,
+    "env": _env,
+}

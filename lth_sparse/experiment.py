@@ -15,6 +15,7 @@ from .masks import get_masks, set_masks_
 from .prune import rate_to_reach
 from .recipe import Recipe
 from .recipes import Experiment
+from .shards import Shard, share
 from .training import Result
 
 SAMPLES = 10  # of each class, for scores that look at data: 100 images, as Lee et al. 2019 take, and lecode
@@ -26,24 +27,29 @@ def run_all(
     out: Path | None = None,
     variant: Callable[[str, Recipe], dict] = lambda name, recipe: {},
     reuse: Path | None = None,
+    shard: Shard | None = None,
 ) -> Path:
     """Run every variant of an experiment, each in a folder of its own name in the run folder, which is returned.
 
     Args:
         variant: called before each variant; what it returns are the callbacks of `run`.
         reuse: see `run`; of a run with variants the one of the same name, if there is one.
+        shard: of several processes that share the run, this one; its part may be nothing.
 
     Raises:
         ValueError, OSError: as `run`.
     """
     about = {"source": asked.source, "claims": asked.claims}
+    mine = share(asked, shard) if shard else dict.fromkeys(asked.variants)
     if list(asked.variants) == [""]:
-        recipe = asked.variants[""]
-        return run(recipe, data_dir, out, asked.name, **variant("", recipe), reuse=reuse, **about)
-    with runs.opened(asked, asked.name, out, variants=list(asked.variants), **about) as folder:
-        for name, recipe in asked.variants.items():
+        recipe, only = asked.variants[""], mine.get("", [])
+        return run(recipe, data_dir, out, asked.name, **variant("", recipe), reuse=reuse, only=only, **about)
+    chains = () if shard else None
+    with runs.opened(asked, asked.name, out, chains, variants=list(asked.variants), **about) as folder:
+        for name, only in mine.items():
+            recipe = asked.variants[name]
             taken = reuse / name if reuse and (reuse / name / "recipe.json").is_file() else None
-            run(recipe, data_dir, folder / name, name, **variant(name, recipe), reuse=taken)
+            run(recipe, data_dir, folder / name, name, **variant(name, recipe), reuse=taken, only=only)
         return folder
 
 
@@ -55,6 +61,7 @@ def run(
     on_metrics: Callable[[str, dict], None] = lambda label, row: None,
     on_round: Callable[[dict], None] = lambda result: None,
     reuse: Path | None = None,
+    only: list[tuple[str, int]] | None = None,
     **about,
 ) -> Path:
     """Run a recipe, or go on where an earlier call stopped; returns the run folder.
@@ -64,6 +71,7 @@ def run(
         on_metrics: called with "arm/trial_0/round_03" and each evaluation, `of` in it being the last iteration.
         on_round: called with the content of each round's result.json, those of earlier calls included.
         reuse: a run of the same settings but for arms, trials and rounds, whose finished rounds are taken over.
+        only: the arms and trials to run, as (arm, trial), while other processes run others; all unless given.
         about: what recipe.json says beside the settings.
 
     Raises:
@@ -80,18 +88,19 @@ def run(
         images=recipe.images,
     )
     recipe = recipe.resolve(len(loaded.train.labels))
-    searched = chains(recipe, loaded)  # before there is a folder: not every network takes these images
+    searched = chains(recipe, loaded, only)  # before there is a folder: not every network takes these images
     if recipe.tickets_of:
         across.take_tickets(searched, across.find(recipe.tickets_of, out), recipe)
     if recipe.without:
         across.take_network_without(searched, across.find(recipe.without, out), recipe)
-    with runs.opened(recipe, name or recipe.name, out, **about) as folder:
+    mine = None if only is None else [f"{arm}/trial_{trial}" for arm, trial in only]
+    with runs.opened(recipe, name or recipe.name, out, mine, **about) as folder:
         if reuse:
             across.take_finished(searched, reuse, recipe, folder)
         runs.verify(folder)
         for chain in searched:
             chain.folder = folder
-            for result in _restore(chain):
+            for result in _restore(chain, recipe.rounds):
                 on_round(result)
 
         def record(chain, round, result):
@@ -116,20 +125,23 @@ def run(
 
         search(searched, train, recipe.rounds, record)
         if recipe.learn_masks:
-            observations.learn_masks(recipe, loaded, folder, on_metrics)
-        summary = report.summarize(folder)
-        _save_winner(searched, folder, summary["winning_ticket"])
-        runs.store(folder / "summary.json", summary)
+            trials = [trial for trial in range(recipe.trials) if only is None or (recipe.arms[0], trial) in only]
+            observations.learn_masks(recipe, loaded, folder, trials, on_metrics)
+        with runs.alone(folder):
+            summary = report.summarize(folder)
+            _save_winner(searched, folder, summary["winning_ticket"])
+            runs.store(folder / "summary.json", summary)
     return folder
 
 
-def chains(recipe: Recipe, loaded: data.Data) -> list[Chain]:
-    """A chain for every arm and trial of a resolved recipe; those that take others' masks come after them."""
+def chains(recipe: Recipe, loaded: data.Data, only: list[tuple[str, int]] | None = None) -> list[Chain]:
+    """A chain for every arm and trial of a resolved recipe, or `only` some, that take others' masks after these."""
     found: list[Chain] = []
     batches = _samples(loaded)
     for trial in range(recipe.trials):
         made: dict[str, Chain] = {}
-        for name in sorted(recipe.arms, key=lambda name: len(ARMS[name].masks_of)):
+        arms = [name for name in recipe.arms if only is None or (name, trial) in only]
+        for name in sorted(arms, key=lambda name: len(ARMS[name].masks_of)):
             model = models.build(recipe.model, loaded.input_shape, loaded.classes, recipe.activation, recipe.dropout)
             sparsify_(model).to(recipe.device)
             leaders = tuple(made[other] for other in ARMS[name].masks_of)
@@ -137,7 +149,7 @@ def chains(recipe: Recipe, loaded: data.Data) -> list[Chain]:
             made[name] = Chain(
                 model, recipe.seed, name, trial, given, leaders=leaders, rewind=recipe.rewind, batches=batches
             )
-        found += [made[name] for name in recipe.arms]
+        found += [made[name] for name in arms]
     return sorted(found, key=lambda chain: len(chain.leaders))
 
 
@@ -202,12 +214,12 @@ def _write_ticket(chain, round):
 
 
 def _forget_state(folder):
-    """Delete the state of a training that is done, and what a kill left of writing it."""
-    for path in folder.glob("training.safetensors*"):
+    """Delete the state of a training that is done, how it was planned, and what a kill left of writing them."""
+    for path in [*folder.glob("training.safetensors*"), *folder.glob("strategies.json*")]:
         path.unlink()
 
 
-def _restore(chain) -> list[dict]:
+def _restore(chain, rounds) -> list[dict]:
     """Read the finished rounds of a chain, and the masks that were made, back from its folder."""
     results = []
     if chain.is_ready(0) and not chain.rule.is_fresh:
@@ -228,6 +240,11 @@ def _restore(chain) -> list[dict]:
             _forget_state(folder)
             chain.status = results[-1]["status"]
             chain.finished[round] = results[-1]
+    following = len(results)
+    goes_on = results and chain.status == "done" and following <= rounds and not chain.leaders
+    if goes_on and following not in chain.masks:  # they are written before a round is recorded as done
+        lacking = trial / f"round_{following:02d}" / "ticket.safetensors"
+        raise ValueError(f"{lacking} is missing: without result.json of the round before it that one is trained again")
     return results
 
 

@@ -40,9 +40,9 @@ def of_round(chain: Chain, round: int, result: Result, data: Data) -> dict:
     return found
 
 
-def learn_masks(recipe: Recipe, data: Data, folder: Path, on_metrics: Callable[[str, dict], None]) -> None:
-    """Learn a mask of each trial's initial network, with rescaling and without; finished ones are left as they are."""
-    for trial in range(recipe.trials):
+def learn_masks(recipe: Recipe, data: Data, folder: Path, trials: list[int], on_metrics: Callable) -> None:
+    """Learn a mask of the trials' initial networks, with rescaling and without; finished ones are left as they are."""
+    for trial in trials:
         for name in LEARNED:
             path = runs.round_folder(folder, name, trial, 0)
             if not (path / "mask.json").exists():

@@ -11,11 +11,11 @@ from .recipe import Recipe
 
 
 class Progress:
-    """Context manager with callbacks for `experiment.run`; without a terminal it prints a line per finished round."""
+    """Context manager with callbacks for `experiment.run`; without a live terminal it prints a line per round."""
 
-    def __init__(self, recipe: Recipe, console: Console, quiet: bool):
+    def __init__(self, recipe: Recipe, console: Console, quiet: bool, live: bool = True):
         self.recipe, self.console, self.quiet = recipe, console, quiet
-        self.live = console.is_terminal and not quiet
+        self.live = live and console.is_terminal and not quiet
         self.bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,43 +27,71 @@ from .recipes import Experiment, is_name
 
 _SETTINGS = {"model": str, "dataset": str, "arms": [str], "rounds": int, "trials": int}
 _ENORMOUS = 1e100  # no loss in float32 comes near, and means of such numbers are finite
-_FIRST = ("lock", "environment.json", "recipe.json")  # all that a folder holds whose making was interrupted
+_FIRST = ("lock", "common.lock", "environment.json", "recipe.json")  # before anything has run
 
 
 @contextlib.contextmanager
-def opened(recipe: Recipe | Experiment, name: str, out: Path | None = None, **about):
+def opened(
+    recipe: Recipe | Experiment, name: str, out: Path | None = None, chains: Iterable[str] | None = None, **about
+):
     """Make or reopen the folder of a resolved recipe, for one writer at a time; yields its Path.
 
-    `about` stands in recipe.json beside the settings, and may change from time to time.
+    Several may write at a time when each names the `chains` it works on ("ticket/trial_0"), which are then its alone;
+    what they write in common they write in `alone`. `about` stands in recipe.json beside the settings, and may change
+    from time to time.
 
     Raises:
         ValueError: the folder was made with other settings, or another process is writing there.
         OSError: it cannot be made.
     """
-    import fcntl  # absent on Windows, where the rest of the library works
-
     folder = out or Path("runs") / f"{name}--{recipe.identity()}"
     wanted = {"name": name, "identity": recipe.identity(), "settings": plain(recipe.settings())}
-    wanted |= plain(about)
+    with claimed(folder, wanted | plain(about), chains):
+        yield folder
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, wanted: dict, chains: Iterable[str] | None = None):
+    """Make or reopen the run `folder` whose recipe.json holds `wanted`; see `opened`."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the run folder {folder} is a file")
-    if (folder / "recipe.json").exists():
-        _refuse_other(folder, wanted["settings"])
-    elif folder.exists() and any(entry.name.removesuffix(".part") not in _FIRST for entry in folder.iterdir()):
+    begun = (folder / "recipe.json").exists() or not folder.exists()
+    if not begun and any(entry.name.removesuffix(".part") not in _FIRST for entry in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and not a run folder: name another with --out")
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "lock").is_symlink():
-        raise ValueError(f"{folder / 'lock'} is a link: a run folder holds files of its own")
-    with (folder / "lock").open("w") as lock:
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(_locked(folder, "lock", shared=chains is not None))
+        with alone(folder):
+            found = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else None
+            if found is None:
+                store(folder / "environment.json", environment())
+            elif found != wanted:
+                refuse_other(folder, wanted["settings"], ": name another with --out")
+            if found != wanted:
+                store(folder / "recipe.json", wanted)
+        for chain in chains or ():
+            (folder / chain).parent.mkdir(exist_ok=True)
+            locks.enter_context(_locked(folder, f"{chain}.lock"))
+        yield
+
+
+def alone(folder: Path):
+    """Wait until no other process writes what those that share a run write in common, and keep them waiting."""
+    return _locked(folder, "common.lock", waits=True)
+
+
+@contextlib.contextmanager
+def _locked(folder, name, shared=False, waits=False):
+    import fcntl  # absent on Windows, where the rest of the library works
+
+    if (folder / name).is_symlink():
+        raise ValueError(f"{folder / name} is a link: a run folder holds files of its own")
+    with (folder / name).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ValueError(f"another process is writing to {folder}") from None
-        if not (folder / "recipe.json").exists():
-            store(folder / "environment.json", environment())
-        if not (folder / "recipe.json").exists() or read_json(folder / "recipe.json") != wanted:
-            store(folder / "recipe.json", wanted)
-        yield folder
+        yield
 
 
 def round_folder(run: Path, arm: str, trial: int, round: int) -> Path:
@@ -199,12 +228,13 @@ def _version(package):
         return None
 
 
-def _refuse_other(folder, wanted):
-    found = read_json(folder / "recipe.json", {"settings": dict})["settings"]
+def refuse_other(folder: Path, wanted: dict, advice: str = "") -> None:
+    """Raise ValueError, which ends in `advice`, unless the run in `folder` has the settings wanted."""
+    found = read_recipe(folder)["settings"]
     keys = dict.fromkeys([*wanted, *found])
     differ = [f"{key} {found.get(key)!r}, not {wanted.get(key)!r}" for key in keys if found.get(key) != wanted.get(key)]
     if differ:
-        raise ValueError(f"{folder} was made with other settings ({'; '.join(differ)}): name another with --out")
+        raise ValueError(f"{folder} was made with other settings ({'; '.join(differ)}){advice}")
 
 
 def plain(value):

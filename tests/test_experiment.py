@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -54,9 +55,9 @@ def stopped(tmp_path, monkeypatch):
 def test_files(whole):
     found = content(whole)
     rounds = [f"{arm}/trial_0/round_{round:02d}" for arm in ARMS for round in range(3)]
-    names = ("metrics.jsonl", "result.json", "strategies.json", "ticket.safetensors", "trained.safetensors")
+    names = ("metrics.jsonl", "result.json", "ticket.safetensors", "trained.safetensors")
     wanted = {f"{round}/{name}" for round in rounds for name in names}
-    wanted |= {"recipe.json", "environment.json", "lock", "summary.json", "winning_ticket.safetensors"}
+    wanted |= {"recipe.json", "environment.json", "lock", "common.lock", "summary.json", "winning_ticket.safetensors"}
     assert set(found) == wanted | {"ticket/trial_0/rewind.safetensors"}
     assert found["summary.json"]["status"] == {"done": 12, "planned": 12, "ended_early": []}
 
@@ -137,7 +138,7 @@ def test_a_finished_run_trains_nothing(whole, monkeypatch):
     times = {path: path.stat().st_mtime_ns for path in whole.rglob("round_*/*")}
     monkeypatch.setattr(training, "train", None)
     assert experiment.run(tiny(), out=whole, on_round=seen.append) == whole
-    assert content(whole) == before and len(seen) == 12 and len(times) == 60
+    assert content(whole) == before and len(seen) == 12 and len(times) == 48
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("round_*/*")} == times
 
 
@@ -148,6 +149,17 @@ def test_what_a_kill_leaves_is_cleared(stopped):
     experiment.run(tiny(arms=("ticket",)), out=stopped)
     assert len(list(stopped.rglob("result.json"))) == 3
     assert not list(stopped.rglob("training.safetensors*"))
+
+
+def test_masks_that_are_missing_are_named(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "ticket/trial_0/round_02")
+    with pytest.raises(
+        ValueError, match="ticket/trial_0/round_02/ticket.safetensors is missing: without result.json of"
+    ):
+        experiment.run(tiny(), out=run)
+    (run / "ticket/trial_0/round_01/result.json").unlink()
+    assert differing(content(experiment.run(tiny(), out=run)), content(whole)) == []
 
 
 def test_trials_and_metrics(tmp_path):
@@ -350,7 +362,8 @@ def test_full_disk(whole, tmp_path, monkeypatch, call, last, saving):
     assert caught.value.errno == errno.ENOSPC
     left = content(run)
     assert not [name for name in left if name.endswith(".part")]
-    assert all(left[name] == wanted[name] for name in left if not name.endswith("training.safetensors"))
+    under_way = ("training.safetensors", "strategies.json")
+    assert all(left[name] == wanted[name] for name in left if not name.endswith(under_way))
     assert content(experiment.run(tiny(), out=run)) == wanted
 
 

@@ -18,10 +18,10 @@ FACADE = "lth_sparse"  # lth_sparse/__init__.py: above everything it exports, be
 FLOORS = {
     name: floor
     for floor, names in {
-        5: "cli __main__ progress",
+        5: "cli arguments __main__ progress",
         4.5: FACADE,
         4: "lottery arms training data models supermask runs report tables plots claims recipe recipes experiment "
-        "across observations determinism",
+        "across observations shards determinism",
         3: "convert packing prune structured checkpoint measures",
         2: "scores actions nn masks hooks optim packed",
         1: "ops dispatch costs",

@@ -27,7 +27,7 @@ def test_a_folder_is_made_and_opened_again(tmp_path, monkeypatch):
         assert again == folder
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} == written
     with runs.opened(tiny(), "other", tmp_path / "elsewhere"):
-        assert sorted(os.listdir("elsewhere")) == ["environment.json", "lock", "recipe.json"]
+        assert sorted(os.listdir("elsewhere")) == ["common.lock", "environment.json", "lock", "recipe.json"]
 
 
 def test_other_settings_are_refused(tmp_path):
@@ -54,7 +54,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path, made):
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("left", [[], ["lock"], ["lock", "environment.json"], ["lock", "environment.json.part"]])
+@pytest.mark.parametrize("left", [[], ["common.lock"], ["lock", "environment.json"], ["lock", "environment.json.part"]])
 def test_a_folder_whose_making_was_interrupted_is_ours(tmp_path, left):
     (tmp_path / "run").mkdir()
     for name in left:

@@ -52,7 +52,8 @@ def train(
 
 def _side_by_side(planned: list[Plan], data, recipe, on_metrics) -> dict[str, Result]:
     """Train groups in threads that take turns: on the CPU as many at a time as have cores, on CUDA one."""
-    cores = max(1, (os.cpu_count() or 1) // recipe.threads) if recipe.device == "cpu" else 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that torchrun started on this machine
+    cores = max(1, (os.cpu_count() or 1) // processes // recipe.threads) if recipe.device == "cpu" else 1
     halt, turns, found = threading.Event(), Turns(cores), {}
 
     def work(plan):
