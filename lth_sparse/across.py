@@ -69,6 +69,13 @@ def take_network_without(chains: list[Chain], source: Path, recipe: Recipe) -> N
         set_masks_(chain.model, dense)
 
 
+def sources(given: Path, variant: str, single: bool) -> list[Path]:
+    """The run of that variant in the run folder `given`; or that itself where it has no variants, if `single`."""
+    if (given / variant / "recipe.json").is_file():
+        return [given / variant]
+    return [given] if single and "variants" not in runs.read_recipe(given) else []
+
+
 def take_finished(chains: list[Chain], source: Path, recipe: Recipe, folder: Path) -> None:
     """Copy the rounds that `source` has finished of these chains into the run `folder`, where it has none yet.
 

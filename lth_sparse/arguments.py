@@ -63,7 +63,12 @@ def _add_run(verbs):
     run.add_argument("data_dir", nargs="?", default="datasets", metavar="DATA_DIR", help="the data (datasets)")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, or the scale")
     run.add_argument(
-        "--reuse", type=Path, metavar="RUN", help="take over the rounds of a run with other arms, rounds or trials"
+        "--reuse",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        help="take over the rounds of a run with other arms, rounds or trials; may be given again for more runs",
     )
     run.add_argument("--list", action="store_true", help="list the recipes")
     _add_output(run)

@@ -89,7 +89,7 @@ def _carry_out(asked, data_dir, options):
             progress = stack.enter_context(Progress(settings, console, options.quiet, live=shard is None))
             return {"on_metrics": progress.metrics, "on_round": progress.round}
 
-        reuse = getattr(options, "reuse", None)
+        reuse = getattr(options, "reuse", [])
         folder = experiment.run_all(asked, data_dir, options.out, variant, reuse, shard)
     if shard and not all(shards.is_done(folder / name) for name in asked.variants):
         console.print(f"{shard} is done, others of {folder} are not yet", soft_wrap=True)

@@ -1,6 +1,6 @@
 """Recipes carried out in run folders: every arm, trial and round, resumable at any moment."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +26,15 @@ def run_all(
     data_dir: str | Path = "datasets",
     out: Path | None = None,
     variant: Callable[[str, Recipe], dict] = lambda name, recipe: {},
-    reuse: Path | None = None,
+    reuse: Sequence[Path] = (),
     shard: Shard | None = None,
 ) -> Path:
     """Run every variant of an experiment, each in a folder of its own name in the run folder, which is returned.
 
     Args:
         variant: called before each variant; what it returns are the callbacks of `run`.
-        reuse: see `run`; of a run with variants the one of the same name, if there is one.
+        reuse: see `run`; of a run with variants the one of the same name, if there is one. A run without variants is
+            for an experiment of one.
         shard: of several processes that share the run, this one; its part may be nothing.
 
     Raises:
@@ -48,7 +49,7 @@ def run_all(
     with runs.opened(asked, asked.name, out, chains, variants=list(asked.variants), **about) as folder:
         for name, only in mine.items():
             recipe = asked.variants[name]
-            taken = reuse / name if reuse and (reuse / name / "recipe.json").is_file() else None
+            taken = [source for given in reuse for source in across.sources(given, name, len(asked.variants) == 1)]
             run(recipe, data_dir, folder / name, name, **variant(name, recipe), reuse=taken, only=only)
         return folder
 
@@ -60,7 +61,7 @@ def run(
     name: str | None = None,
     on_metrics: Callable[[str, dict], None] = lambda label, row: None,
     on_round: Callable[[dict], None] = lambda result: None,
-    reuse: Path | None = None,
+    reuse: Sequence[Path] = (),
     only: list[tuple[str, int]] | None = None,
     **about,
 ) -> Path:
@@ -70,7 +71,8 @@ def run(
         recipe: unresolved, as parsed.
         on_metrics: called with "arm/trial_0/round_03" and each evaluation, `of` in it being the last iteration.
         on_round: called with the content of each round's result.json, those of earlier calls included.
-        reuse: a run of the same settings but for arms, trials and rounds, whose finished rounds are taken over.
+        reuse: runs of the same settings but for arms, trials and rounds, whose finished rounds are taken over; those of
+            an arm and trial from the first that has any.
         only: the arms and trials to run, as (arm, trial), while other processes run others; all unless given.
         about: what recipe.json says beside the settings.
 
@@ -95,8 +97,8 @@ def run(
         across.take_network_without(searched, across.find(recipe.without, out), recipe)
     mine = None if only is None else [f"{arm}/trial_{trial}" for arm, trial in only]
     with runs.opened(recipe, name or recipe.name, out, mine, **about) as folder:
-        if reuse:
-            across.take_finished(searched, reuse, recipe, folder)
+        for source in reuse:
+            across.take_finished(searched, source, recipe, folder)
         runs.verify(folder)
         for chain in searched:
             chain.folder = folder

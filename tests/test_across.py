@@ -7,7 +7,7 @@ import torch
 from run_folders import content, differing, tiny
 
 import lth_sparse as lth
-from lth_sparse import across, checkpoint, experiment, lottery, models, report, runs, training
+from lth_sparse import across, checkpoint, experiment, lottery, models, recipes, report, runs, training
 from lth_sparse.arms import ARMS
 from lth_sparse.masks import get_masks
 
@@ -69,14 +69,14 @@ def test_a_run_that_goes_on_from_another_has_the_bytes_of_one_made_at_once(
     recipe = short(**{"arms": MADE} | changes)
     before = content(source)
     wanted, every = trained(monkeypatch, recipe, out=tmp_path / "at once")
-    run, labels = trained(monkeypatch, recipe, out=tmp_path / "extended", reuse=source)
+    run, labels = trained(monkeypatch, recipe, out=tmp_path / "extended", reuse=[source])
     found, wanted = content(run), content(wanted)
     assert differing(found, wanted) == []
     assert found["summary.json"]["status"]["done"] == found["summary.json"]["status"]["planned"]
     assert all(any(part in again for part in label.split("/")) for label in labels), labels
     assert set(again) <= {part for label in labels for part in label.split("/")} and (not again or labels)
     assert content(source) == before, "it is only read"
-    assert trained(monkeypatch, recipe, out=run, reuse=source)[1] == [] and content(run) == found
+    assert trained(monkeypatch, recipe, out=run, reuse=[source])[1] == [] and content(run) == found
 
 
 @pytest.mark.parametrize("arms", [MADE, ("ticket", "reinit")])
@@ -94,7 +94,7 @@ def test_an_interrupted_run_is_gone_on_from_elsewhere(source, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lottery, "take_round", stop)
         experiment.run(recipe, out=tmp_path / "stopped")
-    run, labels = trained(monkeypatch, recipe, out=tmp_path / "elsewhere", reuse=tmp_path / "stopped")
+    run, labels = trained(monkeypatch, recipe, out=tmp_path / "elsewhere", reuse=[tmp_path / "stopped"])
     assert differing(content(run), wanted) == [] and taken == [0, 1]
     own = {label for label in labels if not ARMS[label.split("/")[0]].masks_of}
     assert own and not [label for label in own if label[-2:] < "02"]
@@ -110,16 +110,34 @@ def test_what_was_half_copied_is_copied_again(source, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(across.shutil, "copy", full)
-        experiment.run(recipe, out=tmp_path / "run", reuse=source)
+        experiment.run(recipe, out=tmp_path / "run", reuse=[source])
     assert across.shutil.copy is copy and report.results(tmp_path / "run") == []
-    run, labels = trained(monkeypatch, recipe, out=tmp_path / "run", reuse=source)
+    run, labels = trained(monkeypatch, recipe, out=tmp_path / "run", reuse=[source])
     assert content(run) == wanted and labels == []
+
+
+def test_a_run_goes_on_from_several(source, tmp_path, monkeypatch):
+    longer = experiment.run(short(arms=("random",), rounds=3), out=tmp_path / "longer")
+    recipe = short(arms=("random", "ticket"), rounds=3)
+    run, labels = trained(monkeypatch, recipe, out=tmp_path / "run", reuse=[longer, source])
+    assert {label.split("/")[0] for label in labels} == {"ticket"}
+    assert differing(content(run), content(experiment.run(recipe, out=tmp_path / "at once"))) == []
+
+
+def test_which_run_a_variant_goes_on_from(source, tmp_path):
+    assert across.sources(source, "first", True) == [source] and across.sources(source, "first", False) == []
+    with runs.opened(recipes.Experiment("demo", "", "", (), {}), "demo", tmp_path, variants=["first"]):
+        assert across.sources(tmp_path, "first", True) == []
+        with runs.opened(short().resolve(1257), "first", tmp_path / "first"):
+            assert across.sources(tmp_path, "first", False) == [tmp_path / "first"]
+    with pytest.raises(ValueError, match="is not a run folder"):
+        across.sources(tmp_path / "nothing", "first", True)
 
 
 def test_rounds_of_ones_own_are_not_overwritten(source, tmp_path, monkeypatch):
     run = experiment.run(short(rounds=2), out=tmp_path / "run")
     (run / "ticket/trial_0/round_01/result.json").unlink()
-    _, labels = trained(monkeypatch, short(rounds=2), out=run, reuse=source)
+    _, labels = trained(monkeypatch, short(rounds=2), out=run, reuse=[source])
     assert labels == ["ticket/trial_0/round_01", "ticket/trial_0/round_02"]
 
 
@@ -130,16 +148,16 @@ def test_rounds_of_ones_own_are_not_overwritten(source, tmp_path, monkeypatch):
 )
 def test_other_settings_are_not_gone_on_from(source, tmp_path, changes, named):
     model = {"model": "conv-2"} if "dropout" in changes else {}
-    message = refusal(experiment.run, short(**changes | model), out=tmp_path / "run", reuse=source)
+    message = refusal(experiment.run, short(**changes | model), out=tmp_path / "run", reuse=[source])
     assert "was made with another" in message and named.split(", ")[0] in message and str(source) in message
     assert not list(tmp_path.rglob("result.json"))
 
 
 def test_where_rates_follow_from_the_rounds_these_must_be_the_same(tmp_path):
     source = experiment.run(short(final_density=0.5), out=tmp_path / "source")
-    message = refusal(experiment.run, short(final_density=0.5, rounds=2), out=tmp_path / "run", reuse=source)
+    message = refusal(experiment.run, short(final_density=0.5, rounds=2), out=tmp_path / "run", reuse=[source])
     assert message.endswith("with another rounds")
-    run = experiment.run(short(final_density=0.5, arms=("ticket", "keep")), out=tmp_path / "other", reuse=source)
+    run = experiment.run(short(final_density=0.5, arms=("ticket", "keep")), out=tmp_path / "other", reuse=[source])
     assert report.summarize(run)["status"]["done"] == 4
 
 

@@ -290,7 +290,7 @@ def test_variants_have_a_folder_each(tmp_path):
         longer,
         out=tmp_path / "more",
         variant=lambda name, _: {"on_metrics": lambda label, row: seen.append((name, label.split("/")[0]))},
-        reuse=run,
+        reuse=[run],
     )
     at_once = content(experiment.run_all(longer, out=tmp_path / "at once"))
     assert differing(content(more), at_once) == [] and set(seen) == {("first", "reinit"), ("second", "reinit")}
