@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lth_sparse
-from lth_sparse import actions, claims, cli, data, models, prune, recipe, recipes, scores
+from lth_sparse import actions, arguments, claims, data, models, prune, recipe, recipes, scores
 from lth_sparse.arms import ARMS
 
 HERE = Path(__file__).parents[1] / "experiments"
@@ -38,7 +38,7 @@ ROWS = {row[0]: row[1:] for row in rows(r"[A-Z]-\d+[a-z]?")}
 
 
 def verbs() -> dict[str, argparse.ArgumentParser]:
-    (found,) = [action for action in cli._parser()._actions if isinstance(action.choices, dict)]
+    (found,) = [action for action in arguments.parser()._actions if isinstance(action.choices, dict)]
     return found.choices
 
 
@@ -48,7 +48,7 @@ def exists(thing: str) -> bool:
         option, _, value = thing.partition(" ")
         return any(option in verb._option_string_actions for verb in verbs().values()) and readable(option, value)
     if thing.startswith("lth "):
-        return cli._parser().parse_args(shlex.split(thing)[1:]) is not None
+        return arguments.parser().parse_args(shlex.split(thing)[1:]) is not None
     if "/" in thing or thing.endswith((".py", ".json", ".md")):
         return (HERE / thing).exists() or (HERE.parent / thing).exists()
     return thing in NAMES or attribute(thing)
@@ -113,11 +113,11 @@ def test_what_does_not_exist_is_noticed():
 
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_can_be_read(command):
-    options = cli._parser().parse_args(shlex.split(command)[1:])
-    if options.command is cli._run and options.recipe:
-        changes = dict(cli._assignment(text) for text in options.set)
+    options = arguments.parser().parse_args(shlex.split(command)[1:])
+    if options.command == "run" and options.recipe:
+        changes = dict(arguments.assignment(text) for text in options.set)
         assert recipes.read(recipes.find(options.recipe), changes.pop("scale", None), **changes).variants
-    if options.command is cli._find_ticket:
+    if options.command == "find-ticket":
         settings = {name: getattr(options, name) for name in recipe.Recipe.__dataclass_fields__}
         asked = recipe.parse(settings)
         paper = recipe.parse({"model": asked.model, "dataset": asked.dataset})
