@@ -28,8 +28,7 @@ def of(summaries: dict[str, dict], decided: Sequence[str]) -> Iterable[Table | s
             )
     if any(row["round"] for summary in summaries.values() for row in summary["rows"]):
         yield _comparison(summaries)
-    if decided:
-        yield _verdicts(summaries, decided)
+    yield from _verdicts(summaries, decided)
 
 
 def _rounds(summary) -> Table:
@@ -84,11 +83,17 @@ def _standing(rows) -> tuple[str, ...]:
     return *accuracies, *(f"{100 * row['density']:.1f} %" for row in (best, holding[-1]))
 
 
-def _verdicts(summaries, decided) -> Table:
-    table = Table(*claims.HEAD, box=None)
-    for cells in claims.rows(claims.score(summaries, decided)):
-        table.add_row(*cells)
-    return table
+def _verdicts(summaries, decided) -> Iterable[Table | str]:
+    """A table of the claims that the run measures, and a sentence with the others."""
+    found = claims.score(summaries, decided)
+    measured = [verdict for verdict in found if verdict.verdict != "not measured"]
+    if measured:
+        table = Table(*claims.HEAD, box=None)
+        for cells in claims.rows(measured):
+            table.add_row(*cells)
+        yield table
+    if others := [f"{verdict.claim.id} ({verdict.reason})" for verdict in found if verdict not in measured]:
+        yield f"claims not measured: {', '.join(others)}"
 
 
 def _table(*columns) -> Table:

@@ -117,8 +117,15 @@ def test_what_ended_early_and_the_winner_are_told():
     ]
 
 
-def test_verdicts_come_last():
-    rows = [row("ticket", round, [10], [0.9]) for round in range(2)]
-    _, found = shown({"": summary(rows, ["ticket"])}, ["LN1"])
+def test_verdicts_come_last_and_what_is_not_measured_in_a_sentence(monkeypatch):
+    LN1, LN2, LN3 = (tables.claims.load()[name] for name in ("LN1", "LN2", "LN3"))
+    lacking = [tables.claims.Verdict(claim, None, None, "not measured", "no round 7") for claim in (LN1, LN3)]
+    measured = tables.claims.Verdict(LN2, 1.1, 2, "holds")
+    monkeypatch.setattr(tables.claims, "score", lambda summaries, decided: [lacking[0], measured, lacking[1]])
+    given = {"": summary([row("ticket", round, [10], [0.9]) for round in range(2)], ["ticket"])}
+    texts, found = shown(given, ["LN1", "LN2", "LN3"])
     head, lines = cells(found[-1])
-    assert head == list(tables.claims.HEAD) and len(lines) == 1 and lines[0][0] == "LN1"
+    assert head == list(tables.claims.HEAD) and [line[0] for line in lines] == ["LN2"]
+    assert texts[-1] == "claims not measured: LN1 (no round 7), LN3 (no round 7)"
+    monkeypatch.setattr(tables.claims, "score", lambda summaries, decided: [])
+    assert len(shown(given)[1]) == len(found) - 1
