@@ -39,6 +39,20 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What a command line, that of the process unless given, asks for; ValueError where it cannot be read.
+
+    `words` of find-ticket and run may stand before, between and after the options, which argparse does not know.
+    """
+    reader = parser()
+    options, others = reader.parse_known_args(arguments)
+    if others and (not hasattr(options, "words") or any(other.startswith("-") for other in others)):
+        reader.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        options.words += others
+    return options
+
+
 def assignment(text: str) -> tuple[str, str]:
     """Key and value of "KEY=VALUE"; ValueError without the sign."""
     key, equals, value = text.partition("=")
@@ -59,8 +73,8 @@ def _add_find_ticket(verbs):
 
 def _add_run(verbs):
     run = verbs.add_parser("run", help="run an experiment; again to go on where it stopped")
-    run.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name from --list, or the path of a TOML file")
-    run.add_argument("data_dir", nargs="?", default="datasets", metavar="DATA_DIR", help="the data (datasets)")
+    words = "RECIPE is a name from --list, or the path of a TOML file; DATA_DIR is datasets unless given"
+    run.add_argument("words", nargs="*", metavar="RECIPE [DATA_DIR]", help=words)
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, or the scale")
     run.add_argument(
         "--reuse",

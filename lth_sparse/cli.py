@@ -27,7 +27,7 @@ from . import (
     tables,
     training,
 )
-from .arguments import assignment, parser
+from .arguments import assignment, parse
 from .progress import Progress
 
 console = Console(stderr=True, highlight=False, markup=False)
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     training.keep_freed_memory()
     shards.take_device()
     try:
-        options = parser().parse_args(arguments)
+        options = parse(arguments)
         return COMMANDS[options.command](options) or 0
     except KeyboardInterrupt:
         return _fail("interrupted; the state is saved, and the same command goes on from here", 130)
@@ -68,14 +68,15 @@ def _find_ticket(options):
 
 
 def _run(options):
-    if options.list or options.recipe is None:
-        if not options.list:
-            raise ValueError("run needs the name of a recipe: see lth run --list")
+    if options.list:
         _list_recipes(options)
         return
-    path = recipes.find(options.recipe)
+    if not 1 <= len(options.words) <= 2:
+        raise ValueError("run takes the name of a recipe, and the folder of the data: see lth run --list")
+    name, data_dir = [*options.words, "datasets"][:2]
+    path = recipes.find(name)
     changes = dict(assignment(text) for text in options.set)
-    return _carry_out(recipes.read(path, changes.pop("scale", None), **changes), options.data_dir, options)
+    return _carry_out(recipes.read(path, changes.pop("scale", None), **changes), data_dir, options)
 
 
 def _carry_out(asked, data_dir, options):

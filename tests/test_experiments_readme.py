@@ -48,7 +48,7 @@ def exists(thing: str) -> bool:
         option, _, value = thing.partition(" ")
         return any(option in verb._option_string_actions for verb in verbs().values()) and readable(option, value)
     if thing.startswith("lth "):
-        return arguments.parser().parse_args(shlex.split(thing)[1:]) is not None
+        return arguments.parse(shlex.split(thing)[1:]) is not None
     if "/" in thing or thing.endswith((".py", ".json", ".md")):
         return (HERE / thing).exists() or (HERE.parent / thing).exists()
     return thing in NAMES or attribute(thing)
@@ -113,10 +113,10 @@ def test_what_does_not_exist_is_noticed():
 
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_can_be_read(command):
-    options = arguments.parser().parse_args(shlex.split(command)[1:])
-    if options.command == "run" and options.recipe:
+    options = arguments.parse(shlex.split(command)[1:])
+    if options.command == "run" and options.words:
         changes = dict(arguments.assignment(text) for text in options.set)
-        assert recipes.read(recipes.find(options.recipe), changes.pop("scale", None), **changes).variants
+        assert recipes.read(recipes.find(options.words[0]), changes.pop("scale", None), **changes).variants
     if options.command == "find-ticket":
         settings = {name: getattr(options, name) for name in recipe.Recipe.__dataclass_fields__}
         asked = recipe.parse(settings)
