@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     _add_quiet(merge)
     ls = verbs.add_parser("ls", help="list what ran")
     ls.add_argument("folder", nargs="?", default="runs", type=Path, metavar="DIR", help="where the runs are (runs)")
+    _add_json(ls, "them")
     for verb, text in [("report", "print the table of a run"), ("plot", "draw its figures")]:
         sub = verbs.add_parser(verb, help=text)
         sub.add_argument("run", metavar="RUN", help="a run folder, or the start of its name in runs/")

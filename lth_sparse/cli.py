@@ -116,17 +116,21 @@ def _show(folder, options):
 
 
 def _ls(options):
+    paths = sorted(options.folder.glob("*/recipe.json")) if options.folder.is_dir() else ()
+    found = {str(run): report.summarize(run) for path in paths for run in report.variants(path.parent).values()}
+    if not found:
+        raise ValueError(f"there are no runs in {options.folder}")
+    if options.json:
+        about = ("name", "settings", "status", "winning_ticket")
+        print(json.dumps({run: {key: summary[key] for key in about} for run, summary in found.items()}, indent=1))
+        return
     table = Table("run", "done", "winning ticket", "test accuracy", box=None)
     table.columns[0].overflow = "fold"  # which variant it is stands at the end
-    for path in sorted(options.folder.glob("*/recipe.json")) if options.folder.is_dir() else ():
-        for run in report.variants(path.parent).values():
-            summary = report.summarize(run)
-            winner = summary["winning_ticket"]
-            ticket = f"{winner['density']:.1%} of the weights" if winner else "-"
-            accuracy = f"{winner['early_stop']['test_accuracy']:.2%}" if winner else "-"
-            table.add_row(str(run), "{done}/{planned}".format(**summary["status"]), ticket, accuracy)
-    if not table.row_count:
-        raise ValueError(f"there are no runs in {options.folder}")
+    for run, summary in found.items():
+        winner = summary["winning_ticket"]
+        ticket = f"{winner['density']:.1%} of the weights" if winner else "-"
+        accuracy = f"{winner['early_stop']['test_accuracy']:.2%}" if winner else "-"
+        table.add_row(run, "{done}/{planned}".format(**summary["status"]), ticket, accuracy)
     console.print(table)
 
 

@@ -255,6 +255,11 @@ def test_run_carries_a_recipe_out(tmp_path, capsys, no_figures):
 def test_looking_at_runs(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(made)
     assert main(["ls"]) == 0 and "runs/demo" in capsys.readouterr().err
+    assert main(["ls", "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out).values()
+    assert listed["status"]["done"] == listed["status"]["planned"] and set(listed) == {
+        "name", "settings", "status", "winning_ticket"
+    }  # fmt: skip
     summary = report.summarize(Path("runs/demo"))
     for verb, given in [("report", "runs/demo"), ("report", "de"), ("plot", "runs/demo")]:
         assert main([verb, given]) == 0
