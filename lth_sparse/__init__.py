@@ -9,6 +9,7 @@ from . import optim
 from .actions import reinit_, rewind_, snapshot
 from .checkpoint import load_, save
 from .convert import densify_, density, from_torch_prune_, sparsify_, summary
+from .distributed import broadcast_
 from .lottery import find_ticket
 from .masks import difference, freeze_, get_masks, intersection, set_masks_, sync_, union
 from .packing import pack_, unpack_
@@ -17,6 +18,7 @@ from .structured import prune_units_, remove_units_
 
 __version__ = "0.1.0"
 __all__ = [
+    "broadcast_",
     "densify_",
     "density",
     "difference",

@@ -16,6 +16,7 @@ def pack_(model: nn.Module, sample=None, strategies: Mapping[str, str] | None = 
 
     Linear and Conv2d layers in float32 or half on CUDA, Linear ones in float32 or float64 on the CPU; all others stay
     masked and compute densely. Masks, values and outputs stay; parameters become `values`, as long as what is kept.
+    Of several processes each may measure otherwise: pack in one, then call `broadcast_` in all.
 
     Args:
         sample: a batch for `model(sample)`; with it each layer's strategies are measured at its own shapes (about a

@@ -22,7 +22,7 @@ FLOORS = {
         4.5: FACADE,
         4: "lottery arms training data models supermask runs report tables plots claims recipe recipes experiment "
         "across observations shards determinism",
-        3: "convert packing prune structured checkpoint measures",
+        3: "convert packing prune structured checkpoint distributed measures",
         2: "scores actions nn masks hooks optim packed",
         1: "ops dispatch costs",
         0: "kernels",

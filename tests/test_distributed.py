@@ -1,0 +1,155 @@
+"""Two processes that train one model under DistributedDataParallel, over gloo on this machine."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from lth_sparse.benchmarks import wire
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lth_sparse as lth
+
+OPTIMIZERS = {
+    "Adam of ours": lambda parameters: lth.optim.Adam(parameters, 0.01),
+    "SGD of torch": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.01),
+}
+STEPS, BATCH = 2, 6
+WIDTH, DENSITIES = 256, (1.0, 0.5, 0.1)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def pruned(seed=0):
+    return lth.prune_(lth.sparsify_(network(seed)), 0.7)
+
+
+def images(rank):
+    return torch.randn(STEPS, BATCH, 1, 6, 6, generator=torch.Generator().manual_seed(rank))
+
+
+def train(model, optimizer, batches):
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    for batch in batches:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+
+def outputs(model):
+    """What decides the results: the state, and what the model computes, with its shadows."""
+    found = model.state_dict() | {"outputs": model(images(2)[0])}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def train_packed(rank, optimizer):
+    """Two rounds: pruned and packed again between them, and wrapped again."""
+    model, found = pruned(), []
+    for _ in range(2):
+        lth.pack_(model, strategies={"3": "cpu", "5": "cpu"})
+        train(DistributedDataParallel(model), optimizer, images(rank))
+        found.append(outputs(model))
+        lth.prune_(lth.unpack_(model), 0.5)
+    return found
+
+
+def agree(rank):
+    """The second process starts from another seed, prunes by its own weights, and does not pack."""
+    model = pruned(rank)
+    if rank == 0:
+        lth.pack_(model, strategies={"0": "dense", "3": "cpu", "5": "fused"})  # the first has a shadow
+    before = outputs(model)
+    assert lth.broadcast_(model) is model
+    found = {"before": before, "after": outputs(model)}
+    train(DistributedDataParallel(model), "Adam of ours", images(rank))
+    return found | {"trained": outputs(model), "states": [(row.state, row.strategy) for row in lth.summary(model)]}
+
+
+def agree_masked(rank):
+    """The second process has a plain model."""
+    model = pruned() if rank == 0 else network(1)
+    return outputs(lth.broadcast_(model)), type(model[0]).__name__
+
+
+def wide():
+    return nn.Sequential(nn.Linear(wire.INPUTS, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+
+def traffic():
+    """Bytes by state and density of two Linear layers."""
+    cases = [("masked", 0.1), *(("packed", density) for density in DENSITIES)]
+    return {case: tuple(wire.traffic(wire.network(wide, *case))) for case in cases}
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    found = {name: train_packed(rank, name) for name in OPTIMIZERS}
+    found |= {"agree": agree(rank), "agree masked": agree_masked(rank)}
+    found |= {"traffic": traffic()} if sys.platform == "linux" else {}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of the two processes found."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, (str(folder),), nprocs=2)
+    return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(2)]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys() and len(one) > 6
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_packed_processes_stay_equal_and_train_as_one(found, optimizer):
+    model = pruned()
+    for ours, theirs in zip(found[0][optimizer], found[1][optimizer], strict=True):
+        assert_same(ours, theirs)
+        train(model, optimizer, torch.cat([images(0), images(1)], 1))
+        for name, tensor in outputs(model).items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: name + m)
+        lth.prune_(model, 0.5)
+
+
+def test_processes_get_the_first_ones_masks_values_and_packed_layers(found):
+    first, second = (each["agree"] for each in found)
+    assert not torch.equal(first["before"]["0.weight_mask"], second["before"]["0.weight_mask"])
+    assert_same(first["before"], first["after"])
+    assert_same(first["after"], second["after"])
+    assert_same(first["trained"], second["trained"])
+    assert not torch.equal(first["trained"]["0.weight"], first["after"]["0.weight"])
+    packed = [("packed", "dense"), ("packed", "cpu"), ("masked", "fused")]
+    assert [state for state in first["states"] if state[0] != "dense"] == packed
+    assert first["states"] == second["states"]
+
+
+def test_a_plain_model_becomes_the_masked_one_of_the_first_process(found):
+    (first, _), (second, kind) = (each["agree masked"] for each in found)
+    assert_same(first, second)
+    assert kind == "MaskedConv2d" and not first["0.weight_mask"].all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bytes are counted by Linux")
+def test_bytes_fall_with_density(found):
+    first, second = ({case: wire.Traffic(*n) for case, n in each["traffic"].items()} for each in found)
+    sizes, biases = (wire.INPUTS * WIDTH, WIDTH * WIDTH), 2 * WIDTH
+    masked = first["masked", 0.1]
+    assert (masked.gradients, masked.buffers) == (4 * (sum(sizes) + biases), sum(sizes))
+    assert masked.received > 2 * masked.gradients + masked.buffers
+    for density in DENSITIES:
+        packed = first["packed", density]
+        assert packed == second["packed", density]
+        assert packed.buffers == 0
+        assert packed.gradients == 4 * (sum(round(density * size) for size in sizes) + biases)
+        assert 2 * packed.gradients < packed.received < 2 * packed.gradients + 3000  # of what gloo itself says
+        assert packed.gradients < packed.construction < packed.gradients + 3000
