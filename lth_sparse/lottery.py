@@ -158,6 +158,7 @@ class Chain:
                 prune(self.model, generator=generator, **self._pruning(round), **ingredients)
             masks = get_masks(self.model)
             if not all(mask.any() for mask in masks.values()):
+                self.become(round, final)
                 return
             if self.rule.carries:
                 self._carry(round, final, masks)

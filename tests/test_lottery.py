@@ -95,8 +95,9 @@ def test_a_round_brings_its_ticket_back():
 
 def test_a_layer_that_runs_empty_ends_it():
     model = lth.sparsify_(nn.Sequential(nn.Linear(12, 1)))
-    rounds = find_ticket(model, lambda model: None, rounds=9, rate=0.9)
+    rounds = find_ticket(model, lambda model: nn.init.constant_(model[0].bias, 3.0), rounds=9, rate=0.9)
     assert [int(r.masks["0"].sum()) for r in rounds] == [12, 1]  # round(0.9) of the last one goes
+    assert lth.density(model) == 1 / 12 and model[0].weight.count_nonzero() == 1 and model[0].bias == 3.0, "as trained"
     assert lth.density(rounds[-1].ticket_(model)) == 1 / 12
 
 
