@@ -6,8 +6,9 @@ runs/<recipe>--<identity>/recipe.json, environment.json
                                                  /trained.safetensors values of lowest validation loss
                                                  /final.safetensors   those at the end, where the score compares both
                                                  /result.json         written last: the round is done
+                         /lock; with shards /<arm>/trial_0.lock       who writes there
 
-Each of them holds its checksum, metrics.jsonl excepted, whose own is the entry `metrics` of result.json.
+Each file holds its checksum, metrics.jsonl excepted, whose own is the entry `metrics` of result.json.
 """
 
 import contextlib

@@ -91,6 +91,19 @@ def trained(learner):
     return [(weight.parameter, weight.mask) for weight in masked_weights(learner.model)]
 
 
+@pytest.mark.parametrize("threads, processes, wanted", [(1, None, 8), (1, "2", 4), (3, "2", 1), (1, "16", 1)])
+def test_processes_of_one_machine_share_its_cores(monkeypatch, threads, processes, wanted):
+    counts, turns = [], training.Turns
+    monkeypatch.setattr(training.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(training, "Turns", lambda count: counts.append(count) or turns(count))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    data = tiny()
+    train([ticket(data)], data, replace(settings(), threads=threads))
+    assert counts == [wanted]
+
+
 @pytest.mark.parametrize("model, shape", [("lenet-300-100", (1, 4, 4)), ("conv-2", (1, 4, 4))])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nothing_off_the_mask_is_ever_non_zero(monkeypatch, name, model, shape):
