@@ -167,7 +167,8 @@ def _early(e: Evidence, normalization) -> float:
 
 
 def _gaps(e: Evidence, normalizations) -> list[float]:
-    return [_gap(e, [3, 7], model="lenet-300-100", normalization=given) for given in normalizations]
+    theirs = {"model": "lenet-300-100", "activation": "sigmoid"}
+    return [_gap(e, [3, 7], normalization=given, **theirs) for given in normalizations]
 
 
 def _stability(e: Evidence) -> Rounds:
