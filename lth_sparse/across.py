@@ -39,7 +39,7 @@ def take_tickets(chains: list[Chain], source: Path, recipe: Recipe) -> None:
             checkpoint.load_(chain.model, folder / "ticket.safetensors")
             chain.masks[round] = get_masks(chain.model)
         chain.start = _stored(chain, source, "rewind")
-        chain.initial = drawn if chain.start else None
+        chain.initial, chain.taken = drawn if chain.start else None, True
 
 
 def take_network_without(chains: list[Chain], source: Path, recipe: Recipe) -> None:

@@ -29,8 +29,8 @@ class Chain:
 
     `masks[r]` are the masks of round r, `finished` the rounds that are done, `initial` the values to begin with where
     the seed does not give them, `start` those to rewind to, `carried` the values and the frozen weights of rounds that
-    go on from the one before; `batches` are for scores that look at data. An arm ends early with `status` "collapsed"
-    (pruning emptied a layer) or "diverged".
+    go on from the one before; `taken`: masks and `start` are another run's. `batches` are for scores that look at
+    data. An arm ends early with `status` "collapsed" (pruning emptied a layer) or "diverged".
     """
 
     model: nn.Module
@@ -48,6 +48,7 @@ class Chain:
     masks: dict[int, Masks] = field(default_factory=dict)
     finished: dict[int, dict] = field(default_factory=dict)
     carried: dict[int, tuple[Masks, Masks]] = field(default_factory=dict)
+    taken: bool = False
 
     @property
     def rule(self) -> Arm:
@@ -81,7 +82,7 @@ class Chain:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         order = self.generator("order", round, self.rule.own_order).initial_seed()
-        keeps = self.rewind and not self.rule.is_fresh and round == 0
+        keeps = self.rewind and not self.rule.is_fresh and round == 0 and not self.taken
         begins = round > 0 and not self.rule.is_fresh and not self.rule.fine_tunes
         return Ticket(
             self.model,

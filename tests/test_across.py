@@ -200,6 +200,23 @@ def test_tickets_of_another_run(source, tmp_path, rewind):
     assert report.summarize(run)["status"]["done"] == 6
 
 
+def test_tickets_of_another_run_are_rewound_to_its_values(source, tmp_path, monkeypatch):
+    train, began = training.train, {}
+
+    def watched(tickets, *more):
+        began.update({ticket.label: (ticket.start, lth.snapshot(ticket.model)) for ticket in tickets})
+        return train(tickets, *more)
+
+    monkeypatch.setattr(training, "train", watched)
+    run = experiment.run(short(rounds=2, lr=0.1, tickets_of=str(source)), out=tmp_path / "run")
+    theirs = checkpoint.read_tensors(source / "ticket/trial_0/rewind.safetensors")[0]
+    zeros = dict.fromkeys(theirs, torch.zeros(1))
+    for round in (1, 2):
+        at, values = began[f"ticket/trial_0/round_0{round}"]
+        assert at == 3 and equal(values, lottery.merged(masks_of(source, round), theirs, zeros))
+    assert not list(run.rglob("rewind.safetensors"))
+
+
 @pytest.mark.parametrize("option", ["tickets_of", "without"])
 def test_runs_that_nothing_can_be_taken_from(source, tmp_path, option):
     def refused(**given):
