@@ -99,7 +99,7 @@ def run(
     with runs.opened(recipe, name or recipe.name, out, mine, **about) as folder:
         for source in reuse:
             across.take_finished(searched, source, recipe, folder)
-        runs.verify(folder)
+        runs.verify(folder, mine)
         for chain in searched:
             chain.folder = folder
             for result in _restore(chain, recipe.rounds):

@@ -151,13 +151,13 @@ def read_rows(path: Path, given: str | None = None, wanted: object = dict) -> li
     return rows
 
 
-def verify(run: Path) -> None:
-    """Read all that the trials of a run hold; ValueError that names the first file that is not as it was written."""
-    for path in sorted(run.glob("*/trial_*/**/*.safetensors")):
-        if path.name != "training.safetensors":  # read where it is needed; that of a finished round is to be deleted
+def verify(run: Path, chains: Iterable[str] | None = None) -> None:
+    """Read all that the trials of a run hold, or those `chains`; ValueError that names the first damaged file."""
+    chains = ["*/trial_*"] if chains is None else chains
+    for path in (path for chain in chains for path in sorted(run.glob(f"{chain}/**/*"))):
+        if path.suffix == ".safetensors" and path.name != "training.safetensors":  # that is read where it is needed
             read_tensors(path)
-    for path in sorted(run.glob("*/trial_*/**/*.json")):
-        found = read_json(path)
+        found = read_json(path) if path.suffix == ".json" else {}
         if "metrics" in found:
             read_rows(path.with_name("metrics.jsonl"), found["metrics"])
 
