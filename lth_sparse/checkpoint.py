@@ -176,7 +176,7 @@ def read_ticket(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, T
 
 
 def _scatter(name, mask, values):
-    kept = int(mask.sum())
+    kept = int(mask.count_nonzero())
     if values.shape != (kept,):
         raise ValueError(f"{name} has values of shape {tuple(values.shape)} for {kept} kept weights")
     return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)

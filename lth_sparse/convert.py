@@ -113,7 +113,7 @@ def _write_frozen_(layer):
 def density(model: nn.Module) -> float:
     """Kept / all weights of the masked layers, biases excluded: the paper's Pm as a fraction. Frozen are not kept."""
     masks = [weight.mask for weight in masked_weights(model)]
-    return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 class LayerSummary(NamedTuple):
@@ -172,7 +172,7 @@ def _masked_row(name, layer):
     note = ("dense measured faster: " if choice.strategy == "masked" else "measured: ") + gains if gains else ""
     frozen = layer._buffers.get("weight_frozen")
     note = note if frozen is None else f"{int(frozen.count_nonzero()):,} pruned weights are frozen"
-    counts = (tuple(mask.shape), int(mask.sum()), mask.numel())
+    counts = (tuple(mask.shape), int(mask.count_nonzero()), mask.numel())
     return LayerSummary(layer_name + dot + weight, *counts, state, choice.strategy, choice.gain, note)
 
 

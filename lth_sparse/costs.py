@@ -39,7 +39,7 @@ def step_cost(layer: Layer, strategy: str) -> Cost:
     bits of the mask.
     """
     kind, masks, sizes, dtype, shape, _ = layer
-    size, total, nnz = dtype.itemsize, masks.numel(), int(masks.sum())
+    size, total, nnz = dtype.itemsize, masks.numel(), int(masks.count_nonzero())
     outputs = shape[0] * sizes[0] if kind == "linear" else math.prod(ops.output_shape(shape, sizes))
     images, positions = size * (math.prod(shape) + outputs), outputs // sizes[0]
     if strategy in MASKED:

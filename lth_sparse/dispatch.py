@@ -52,7 +52,7 @@ class Layer(NamedTuple):
 
     @property
     def density(self) -> float:
-        return int(self.masks.sum()) / max(self.masks.numel(), 1)
+        return int(self.masks.count_nonzero()) / max(self.masks.numel(), 1)
 
     @property
     def alive(self) -> float:

@@ -232,7 +232,7 @@ def take_round(chains: list[Chain], train, round: int, rounds: int, record) -> N
             rewind_(chain.model, final)
         result.final = final
         for chain in (first, *others):
-            kept = {w.name: [int(w.mask.sum()), w.mask.numel()] for w in masked_weights(chain.model)}
+            kept = {w.name: [int(w.mask.count_nonzero()), w.mask.numel()] for w in masked_weights(chain.model)}
             chain.finished[round] = {"density": density(chain.model), "kept": kept}
             chain.advance(round, result, rounds)
         for chain in (*others, first):  # in whose folder the training is, so that it can be done again for the others

@@ -36,7 +36,7 @@ def sign_changes(
     found = {}
     for name, mask in masks.items():
         signs = [values[name][mask].sign() for values in (starts, finals)]
-        found[name] = int((signs[0] * signs[1] < 0).sum()) / max(1, int(mask.sum()))
+        found[name] = int((signs[0] * signs[1] < 0).sum()) / max(1, int(mask.count_nonzero()))
     return found
 
 

@@ -111,11 +111,11 @@ def _lowest_out(values, masks, rate_of, scope, keep_at_least, generator) -> dict
     new_masks = {}
     for pool in pools:
         value = {name: _comparable(values[name]) for name in pool}
-        held = [_protected(value[name], masks[name].flatten(), keep_at_least, generator) for name in pool]
+        free = torch.cat([_free(value[name], masks[name].flatten(), keep_at_least, generator) for name in pool])
         mask = torch.cat([masks[name].flatten() for name in pool])
-        free, kept = mask & ~torch.cat(held), int(mask.sum())
+        kept = int(mask.count_nonzero())
         count = kept - shares[pool[0]] if shares else round(rate_of[pool[0]] * kept)
-        gone = lowest(torch.cat(list(value.values())), free, min(count, int(free.sum())), generator)
+        gone = lowest(torch.cat(list(value.values())), free, min(count, int(free.count_nonzero())), generator)
         sizes = [masks[name].numel() for name in pool]
         for name, part in zip(pool, (mask & ~gone).split(sizes), strict=True):
             new_masks[name] = part.view_as(masks[name])
@@ -132,7 +132,7 @@ def erk_counts(masks: Mapping[str, Tensor], rate: float, least: int = 0) -> dict
     equal ones.
     """
     sizes = {name: sum(mask.shape) for name, mask in masks.items()}
-    most = {name: int(mask.sum()) for name, mask in masks.items()}
+    most = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     least_of = {name: min(kept, least) for name, kept in most.items()}
     kept = sum(most.values())
     total = max(kept - round(rate * kept), sum(least_of.values()))
@@ -162,11 +162,9 @@ def _comparable(score: Tensor) -> Tensor:
     return score.detach().flatten().to(torch.promote_types(score.dtype, torch.float32))
 
 
-def _protected(value: Tensor, mask: Tensor, count: int, generator) -> Tensor:
-    """The `count` kept weights of highest value."""
-    if count == 0:
-        return torch.zeros_like(mask)
-    return mask & ~lowest(value, mask, max(int(mask.sum()) - count, 0), generator)
+def _free(value: Tensor, mask: Tensor, count: int, generator) -> Tensor:
+    """The kept weights but for the `count` of highest value."""
+    return lowest(value, mask, max(int(mask.count_nonzero()) - count, 0), generator) if count else mask
 
 
 def lowest(value: Tensor, among: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -176,10 +174,19 @@ def lowest(value: Tensor, among: Tensor, count: int, generator: torch.Generator)
     """
     if count == 0:
         return torch.zeros_like(among)
-    threshold = value[among].kthvalue(count).values
+    threshold = _kth_lowest(value.detach(), among, count)
     below = among & (value < threshold)
     ties = (among & (value == threshold)).nonzero().flatten()
     # Drawn on the CPU, so that the same seed breaks ties alike on every device.
-    drawn = torch.randperm(len(ties), generator=generator)[: count - int(below.sum())]
+    drawn = torch.randperm(len(ties), generator=generator)[: count - int(below.count_nonzero())]
     below[ties[drawn.to(ties.device)]] = True
     return below
+
+
+def _kth_lowest(value, among, count):
+    if value.device.type != "cpu":
+        return value[among].kthvalue(count).values
+    # Of 100 million values on two cores numpy selects in 0.2 to 0.6 s, torch in 2.6 to 3.2 s.
+    chosen = value.numpy()[among.numpy()]
+    chosen.partition(count - 1)
+    return chosen[count - 1].item()

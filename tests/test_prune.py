@@ -177,9 +177,13 @@ def test_a_model_without_masks_is_refused():
 
 
 @settings(max_examples=60)
-@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, float("inf")]), min_size=1, max_size=20), st.data())
-def test_lowest_marks_exactly_count(values, data):
-    value = torch.tensor(values)
+@given(
+    st.lists(st.sampled_from([-1.0, 0.0, 0.1, float("inf")]), min_size=1, max_size=20),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.data(),
+)
+def test_lowest_marks_exactly_count(values, dtype, data):
+    value = torch.tensor(values, dtype=dtype)
     among = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
     count = data.draw(st.integers(0, int(among.sum())))
     out = lowest(value, among, count, seeded(0))

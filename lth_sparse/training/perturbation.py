@@ -17,7 +17,7 @@ def perturb_(model: nn.Module, rate: float, scale: float, seed: int) -> nn.Modul
     generator = torch.Generator().manual_seed(seed)
     for weight in masked_weights(model):
         values, kept = weight.parameter, weight.mask
-        least = lowest(values.abs().flatten(), kept.flatten(), round(rate * int(kept.sum())), generator)
+        least = lowest(values.abs().flatten(), kept.flatten(), round(rate * int(kept.count_nonzero())), generator)
         noise = torch.randn(values.shape, generator=generator).to(values) * values[kept].std(correction=0)
         values.add_(scale * noise * least.view_as(kept))
     return sync_(model)
