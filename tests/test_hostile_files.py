@@ -220,29 +220,49 @@ def test_files_of_a_run_reported(made, tmp_path, sealed, draw):
 STATE = "ticket/trial_0/round_01/training.safetensors"
 
 
-@cases(25)
-@given(draw=st.data())
-def test_a_state_of_training(made, draw):
-    """Well-formed, and of something else: the training is not taken up from it."""
+@contextlib.contextmanager
+def state_in_place(made, tensors, progress):
+    """The training that has this state beside it; afterwards the state is as it was."""
     path = made / "run" / STATE
     before = path.read_bytes()
-    tensors, progress = checkpoint.read_tensors(path)
-    if draw.draw(st.booleans()):
-        progress = draw.draw(changed(progress))
-    else:
-        name = draw.draw(st.sampled_from(sorted(tensors)))
-        tensors[name] = torch.zeros(draw.draw(st.lists(st.integers(0, 5), max_size=3)))
     recipe = tiny(arms=("ticket",), rounds=1).resolve(1257)
     loaded = data.load("digits")
     (chain,) = experiment.chains(recipe, loaded)
     model = lth.load_(chain.model, path.with_name("ticket.safetensors"))
     ticket = group.Ticket(model, "ticket/trial_0/round_01", 0, start=3, folder=path.parent)
-    learner = group.Group(group.Stack, [ticket], loaded, recipe, {})
     try:
         checkpoint.write_tensors(path, tensors, progress)
-        refused(learner.run, lambda label, row: None, group.threading.Event(), group.Turns(1))
+        yield group.Group(group.Stack, [ticket], loaded, recipe, {})
     finally:
         path.write_bytes(before)
+
+
+def trained(learner):
+    return learner.run(lambda label, row: None, group.threading.Event(), group.Turns(1))
+
+
+@cases(25)
+@given(draw=st.data())
+def test_a_state_of_training(made, draw):
+    """Well-formed, and of something else: the training is not taken up from it."""
+    tensors, progress = checkpoint.read_tensors(made / "run" / STATE)
+    if draw.draw(st.booleans()):
+        progress = draw.draw(changed(progress))
+    else:
+        name = draw.draw(st.sampled_from(sorted(tensors)))
+        tensors[name] = torch.zeros(draw.draw(st.lists(st.integers(0, 5), max_size=3)))
+    with state_in_place(made, tensors, progress) as learner:
+        refused(trained, learner)
+
+
+@pytest.mark.parametrize("entry", ["seconds", "iteration", "row"])
+@pytest.mark.parametrize("value", [10**400, float("nan"), "8"])
+def test_numbers_in_a_state_of_training(made, entry, value):
+    tensors, progress = checkpoint.read_tensors(made / "run" / STATE)
+    place, key = (progress["histories"][0][0], "iteration") if entry == "row" else (progress, entry)
+    place[key] = value
+    with state_in_place(made, tensors, progress) as learner:
+        assert refused(trained, learner) or entry == "row"
 
 
 TOML = b"""source = "paper"

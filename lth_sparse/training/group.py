@@ -23,6 +23,7 @@ from .tickets import Result, Ticket, is_finite
 from .turns import Turns
 
 EVALUATED = ("iteration", "train_loss", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy")
+_PROGRESS = {"labels": [str], "iteration": int, "seconds": (int, float), "histories": [[dict]]}
 SAVE_SECONDS = 30.0  # at most this much training is lost to a kill; saving a LeNet takes 10 ms
 
 
@@ -150,13 +151,15 @@ class Group:
             self._take_up(tensors, progress)
         except torch.OutOfMemoryError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{self._file} is damaged: it is no state of this training") from error
         for ticket, result in zip(self.tickets, self.results, strict=True):
             for row in result.history[-1:]:
                 on_metrics(ticket.label, row)
 
     def _take_up(self, tensors, progress):
+        if not fits(progress, _PROGRESS):
+            raise ValueError("progress has other entries")
         labels = [ticket.label for ticket in self.tickets]
         whole, finished = labels == progress["labels"], progress["iteration"] == self.recipe.iterations
         if not whole and not (finished and set(labels) < set(progress["labels"])):
@@ -178,11 +181,9 @@ class Group:
             state["state"] = {int(g.split(".")[1]): named for g, named in groups.items() if g.startswith("optimizer.")}
             self.learner.optimizer.load_state_dict(state)
             _check_moments(self.learner.optimizer)
-        self.iteration, self.seconds = int(progress["iteration"]), float(progress["seconds"])
+        self.iteration, self.seconds = progress["iteration"], progress["seconds"]
         if not self.tickets[0].start <= self.iteration <= self.recipe.iterations:
             raise ValueError(f"iteration {self.iteration} of {self.recipe.iterations}")
-        if not fits(progress["histories"], [[dict]]):
-            raise ValueError("histories are lists of rows")
         self.results = [Result(progress["histories"][row]) for row in rows]
         for result in self.results:
             for row in result.history:
