@@ -82,6 +82,7 @@ class MaskedLayer:
         super().register_parameter(name, param)  # assigning a Parameter to the layer ends here
         if param is not None and name in self.masked_names():
             adopt(param, getattr(self, name + "_mask"))
+            mark_pruned(param)
 
     def __setstate__(self, state):
         super().__setstate__(state)

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import lth_sparse as lth
 from lth_sparse.masks import masked_weights
@@ -187,9 +189,9 @@ class ReadsWeight(nn.Module):
         return F.linear(x, self.layer.weight)
 
 
-@pytest.mark.parametrize("noise", [0.0, 1.0, float("nan")])
-def test_gradients_that_reach_pruned_weights_past_the_layer_are_masked_before_the_step(noise):
-    model = lth.sparsify_(ReadsWeight() if not noise else nn.Sequential(nn.Linear(6, 5, bias=False)))
+@pytest.mark.parametrize("noise", [1.0, float("nan")])
+def test_noise_on_the_gradients_of_pruned_weights_is_masked_before_the_step(noise):
+    model = lth.sparsify_(nn.Sequential(nn.Linear(6, 5, bias=False)))
     for _ in range(2):
         lth.prune_(model, 0.5)
         optimizer = optim.Adam(model.parameters())
@@ -205,6 +207,42 @@ def test_gradients_that_reach_pruned_weights_past_the_layer_are_masked_before_th
             else:
                 assert all((weight.parameter[~weight.mask] == 0).all() for weight in masked_weights(model))
                 nn.init.ones_(next(model.parameters()))
+
+
+WAYS = {
+    "called": lambda model, x: model(x),
+    "checkpointed": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "called with its parameters": lambda model, x: functional_call(model, dict(model.named_parameters()), x),
+    "compiled": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True)(x),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_that_reach_pruned_weights_past_the_layer_are_masked_as_they_arrive(way):
+    torch._dynamo.reset()
+    model, x = lth.sparsify_(ReadsWeight()), torch.ones(2, 6)
+    for assigned in (False, True):
+        lth.prune_(model, 0.3)
+        if assigned:
+            model.layer.weight = nn.Parameter(torch.ones(5, 6))
+        weight, mask = model.layer.weight, model.layer.weight_mask
+        optimizer = optim.Adam([weight])
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=assigned):
+                WAYS[way](model, x).float().square().sum().backward()  # on top of the gradient there is
+            assert not weight.grad[~mask].any() and weight.grad[mask].any()
+            optimizer.step()
+            assert not weight[~mask].any()
+
+
+def test_a_layer_that_masks_its_gradient_keeps_no_hook():
+    model = lth.prune_(lth.sparsify_(network()), 0.5)
+    for _ in range(2):
+        weights = [weight.parameter for weight in masked_weights(model)]
+        assert all(weight._backward_hooks for weight in weights)
+        train(model, optim.Adam(model.parameters()), 1)
+        assert not any(weight._backward_hooks for weight in weights)
+        lth.prune_(model, 0.5)
 
 
 @pytest.mark.parametrize("kind", [optim.Adam, optim.SGD, optim.RMSprop])
