@@ -67,14 +67,14 @@ class Soak:
             shutil.copytree(self.folder / f"whole-{recipe}", run)
             self._damage(kind, run, ["report", str(run)], (".json", ".jsonl"))
         elif kind in DAMAGE:
-            self._sit(recipe, run, self._stopping(recipe, signal.SIGKILL))
+            self._sit(kind, recipe, run, self._stopping(recipe, signal.SIGKILL))
             if any(path.suffix in (".json", ".safetensors") for path in run.rglob("*")):
                 self._damage(kind, run, self._command(recipe, run), (".json", ".jsonl", ".safetensors"))
         else:
             for _ in range(self.draw.randint(1, 3)):
                 before = _finished(run)
                 disturbed = self._stopping(recipe, SIGNALS[kind]) if kind in SIGNALS else self._full_disk(kind)
-                self._sit(recipe, run, disturbed)
+                self._sit(kind, recipe, run, disturbed)
                 if not before.items() <= _finished(run).items():
                     raise Broken(f"{kind}, {recipe}: a finished round was lost")
         self._goes_on(kind, recipe, run)
@@ -105,13 +105,13 @@ class Soak:
     def _full_disk(self, kind):
         return {"full": (kind.rpartition(" ")[2], self.draw.randint(1, 60), self.draw.random())}
 
-    def _sit(self, recipe, run, disturbed):
+    def _sit(self, kind, recipe, run, disturbed):
         code, said = _sitting(self._command(recipe, run), **disturbed)
-        self.counts["sittings"] += 1
         stopped = {signal.SIGKILL: -9, None: 1}.get(disturbed.get("number"), 130)
         if code not in (0, stopped) or (code in (1, 130) and not _is_sentence(said)):
             raise Broken(f"{recipe}, {disturbed}: exit code {code}, {said}")
-        self.counts["stopped"] += code != 0
+        self.counts[kind, "sittings"] += 1
+        self.counts[kind, "stopped"] += code != 0
 
     def _damage(self, kind, run, command, suffixes):
         """Damage a file, see what the command says to it, and put it back as a backup would."""
@@ -187,6 +187,7 @@ def _sitting(command, number=None, after=0.0, full=None, modules=None) -> tuple[
 def _sit_down(command, said, full) -> int:
     """Run the command in this process, its state saved at every step, and no figures drawn."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are begun with it ignored
     group.SAVE_SECONDS, group.STEPS = 0.01, 1
     cli.plots.draw = lambda *arguments: []
     cli.console.file = said
@@ -232,12 +233,15 @@ def soak(folder: Path, times: int, seed: int = 0, seconds: float = float("inf"),
 
 def table(counts: Counter) -> str:
     """What was survived, as Markdown."""
-    lines = ["| disturbance | cases | the same bytes in the end | refused first, the file named |", "|---|---|---|---|"]
-    for kind in (kind for kind in KINDS if counts[kind, "cases"]):
-        cases = counts[kind, "cases"]
-        lines.append(f"| {kind} | {cases} | {cases} | {counts[kind, 'named'] if kind in DAMAGE else '-'} |")
-    cases = sum(counts[kind, "cases"] for kind in KINDS)
-    lines.append(f"| all | {cases} | {cases} | {sum(counts[kind, 'named'] for kind in DAMAGE)} |")
+    head = ("disturbance", "cases", "the same bytes in the end", "sittings cut short", "refused first, the file named")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    kinds = [kind for kind in KINDS if counts[kind, "cases"]]
+    for name, some in [*((kind, [kind]) for kind in kinds), ("all", kinds)]:
+        cases, sittings, stopped, named = (
+            sum(counts[kind, what] for kind in some) for what in ("cases", "sittings", "stopped", "named")
+        )
+        of = f"{stopped} of {sittings}" if sittings else "-"
+        lines.append(f"| {name} | {cases} | {cases} | {of} | {named if {*some} & {*DAMAGE} else '-'} |")
     return "\n".join(lines)
 
 
@@ -255,7 +259,6 @@ def main() -> int:
             print(f"seed {options.seed}: {broken}", file=sys.stderr)
             return 1
     print(table(counts))
-    print(f"\n{counts['stopped']} of {counts['sittings']} sittings were stopped before they were done.")
     return 0
 
 
