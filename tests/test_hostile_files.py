@@ -1,6 +1,6 @@
 """Files that somebody else made: each is read, or refused in one sentence; nothing is unpickled or written elsewhere.
 
-LTH_HOSTILE_CASES=10000 tries so many of each kind; without it there are as many as take a few seconds.
+LTH_HOSTILE_CASES=10000 tries so many in each test; without it there are as many as take a few seconds.
 """
 
 import contextlib
