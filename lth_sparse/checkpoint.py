@@ -17,7 +17,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import ops
@@ -142,14 +142,16 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         ValueError: the file is damaged or not one of ours.
         FileNotFoundError: there is no such file.
     """
-    read_bytes(path)
+    content = read_bytes(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(json.loads((file.metadata() or {}).get("lth_sparse", "{}")))
-            metadata.pop("checksum", None)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        # from bytes: safe_open hands storages to torch.asarray, which makes a TypeError of an interrupt
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = dict(json.loads(header.get("__metadata__", {}).get("lth_sparse", "{}")))
+    except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file of ours: {error}") from error
+    metadata.pop("checksum", None)
+    return tensors, metadata
 
 
 def read_ticket(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Tickets as files: exact, small, deterministic; a damaged or foreign one is refused and changes nothing."""
 
+import contextlib
 import copy
 import json
 
@@ -313,3 +314,18 @@ def test_saving_replaces_in_one_piece_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no masked layers"):
         lth.save(network(), path)
     assert path.read_bytes() == before
+
+
+def test_an_interrupt_is_not_taken_for_damage(tmp_path, monkeypatch):
+    """As when a signal comes while torch asks a storage for its first byte, and makes a TypeError of what it raised."""
+    lth.save(ticket(), tmp_path / "t")
+    getitem = torch.UntypedStorage.__getitem__
+
+    def interrupted(storage, index):
+        if isinstance(index, int):
+            raise KeyboardInterrupt
+        return getitem(storage, index)
+
+    monkeypatch.setattr(torch.UntypedStorage, "__getitem__", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        assert len(read_tensors(tmp_path / "t")[0]) > 5
