@@ -107,7 +107,7 @@ def _merge(options):
 def _show(folder, options):
     """Print what a run found, and draw its figures."""
     found = _read(folder)
-    figures = _draw(folder, found, folder / "figures")
+    figures = _draw(folder, found)
     if not options.quiet:
         _print_tables(folder, found)
         _print_paths(folder, figures)
@@ -137,7 +137,7 @@ def _ls(options):
 def _report(options):
     folder = _run_folder(options.run)
     found = _read(folder)
-    written = _draw(folder, found, options.save) if options.save else []
+    written = _draw_whole(folder, found, options.save) if options.save else []
     for name, run in report.variants(folder).items():
         written += report.export(run, options.export / name) if options.export else []
         if options.save:
@@ -161,12 +161,18 @@ def _document(found):
     return summaries.get("", summaries)
 
 
-def _draw(folder, found, to):
-    """Write the figures of a run: its own, or those of each variant and of all side by side."""
-    paths = [path for name, (summary, curves) in found.items() for path in plots.draw(summary, curves, to / name)]
-    if "" not in found and found:
-        paths += plots.draw(report.side_by_side(runs.read_recipe(folder)["name"], _document(found)), {}, to)
-    return paths
+def _draw(folder, found):
+    """Write the figures of a run in it: its own, or those of all variants side by side and of each."""
+    to = folder / "figures"
+    each = [path for name, given in found.items() if name for path in plots.draw(*given, to / name)]
+    return _draw_whole(folder, found, to) + each
+
+
+def _draw_whole(folder, found, to):
+    """Write the figures of a run: its own, or those of its variants side by side."""
+    if "" in found or not found:
+        return [path for given in found.values() for path in plots.draw(*given, to)]
+    return plots.draw(report.side_by_side(runs.read_recipe(folder)["name"], _document(found)), {}, to)
 
 
 def _print_tables(folder, found):
@@ -177,7 +183,7 @@ def _print_tables(folder, found):
 
 def _plot(options):
     folder = _run_folder(options.run)
-    figures = _draw(folder, _read(folder), folder / "figures")
+    figures = _draw(folder, _read(folder))
     _print_paths(folder, figures)
     if options.json:
         print(json.dumps([str(path) for path in figures]))
@@ -226,8 +232,10 @@ def _determinism(options, device):
 def _print_paths(folder, figures):
     console.print(f"run: {folder}", soft_wrap=True)
     for path in figures:
-        if path.suffix == ".png":
+        if path.suffix == ".png" and path.parent == folder / "figures":
             console.print(f"figure: {path}", soft_wrap=True)
+    if any(path.parent != folder / "figures" for path in figures):
+        console.print(f"figures of each variant: {folder / 'figures' / 'NAME'}", soft_wrap=True)
 
 
 def _run_folder(given):

@@ -330,7 +330,7 @@ def test_every_arm_or_variant_has_a_style_of_its_own():
     colours = [colour for colour, _, _ in found.values()]
     assert len(set(colours)) == len(colours) and set(colours) <= set(plots.PALETTE)
     many = plots.styles(f"variant {i}" for i in range(20))
-    assert len(set(many.values())) == 20, "colours come again with other markers"
+    assert len({style[:2] for style in many.values()}) == 20, "colours come again with other markers"
     assert plots.styles(["a", "b"]) == plots.styles(["a", "b", "a"])
 
 

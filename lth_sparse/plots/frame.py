@@ -17,7 +17,7 @@ ARMS = {  # colour, marker, and the dashes that tell arms apart where the colour
     "reinit-chain": (PALETTE[4], "^", "-."),
     "random": (PALETTE[3], "D", ":"),
 }
-MARKERS, DASHES = "osD^vP*", ("-", "--", ":", "-.")
+MARKERS, DASHES = "osD^vP*X", ("-", "--", ":", "-.")  # one marker more than colours: pairs come again after 56
 STATISTICS = ("mean", "min", "max")
 STYLE = {
     "font.size": 10,
