@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from . import report, runs
 from .arms import ARMS
 from .observations import LEARNED
@@ -42,14 +44,15 @@ def of_torchrun(environment: Mapping[str, str] = os.environ) -> Shard | None:
 
 
 def take_device(environment: dict[str, str] = os.environ) -> None:
-    """Leave this rank of torchrun the one GPU of its number to see; to be called before CUDA is used.
+    """Leave this rank of torchrun one GPU to see, all being dealt in turn; to be called before CUDA is used.
 
     By the environment, as torch's own choice of a device is that of a thread, and tickets are trained in several.
     """
     if "LOCAL_RANK" in environment:
         seen = environment.get("CUDA_VISIBLE_DEVICES")
-        devices = seen.split(",") if seen else [str(n) for n in range(int(environment["LOCAL_WORLD_SIZE"]))]
-        environment["CUDA_VISIBLE_DEVICES"] = devices[int(environment["LOCAL_RANK"]) % len(devices)]
+        devices = [str(n) for n in range(torch.cuda.device_count())] if seen is None else seen.split(",")
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[int(environment["LOCAL_RANK"]) % len(devices)]
 
 
 def share(asked: Experiment, shard: Shard) -> Chains:

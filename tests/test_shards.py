@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from run_folders import content, differing, tiny
 
 from lth_sparse import experiment, recipes, report, runs, shards
@@ -82,11 +83,18 @@ def test_ranks_of_torchrun_are_shards():
     assert shards.of_torchrun({"RANK": "2", "WORLD_SIZE": "4"}) is None  # another launcher's, or a leftover
 
 
-@pytest.mark.parametrize("seen, wanted", [(None, "1"), ("4,5,6", "5"), ("GPU-a,GPU-b", "GPU-b"), ("7", "7")])
-def test_each_rank_sees_a_device_of_its_own(seen, wanted):
-    environment = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"} | ({"CUDA_VISIBLE_DEVICES": seen} if seen else {})
+@pytest.mark.parametrize(
+    "rank, seen, there, wanted",
+    [
+        *[(1, None, 8, "1"), (5, None, 4, "1"), (1, None, 1, "0"), (1, None, 0, None)],
+        *[(1, "4,5,6", 8, "5"), (1, "GPU-a,GPU-b", 8, "GPU-b"), (1, "7", 8, "7"), (1, "", 8, "")],
+    ],
+)
+def test_each_rank_sees_one_device(monkeypatch, rank, seen, there, wanted):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    environment = {"LOCAL_RANK": str(rank)} | ({} if seen is None else {"CUDA_VISIBLE_DEVICES": seen})
     shards.take_device(environment)
-    assert environment["CUDA_VISIBLE_DEVICES"] == wanted
+    assert environment.get("CUDA_VISIBLE_DEVICES") == wanted
     shards.take_device(alone := {"CUDA_VISIBLE_DEVICES": "4,5"})
     assert alone == {"CUDA_VISIBLE_DEVICES": "4,5"}
 
