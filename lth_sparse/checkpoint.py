@@ -147,7 +147,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         # from bytes: safe_open hands storages to torch.asarray, which makes a TypeError of an interrupt
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = dict(json.loads(header.get("__metadata__", {}).get("lth_sparse", "{}")))
+        metadata = dict(json.loads((header.get("__metadata__") or {}).get("lth_sparse", "{}")))
     except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file of ours: {error}") from error
     metadata.pop("checksum", None)

@@ -1,6 +1,7 @@
 """What every test runs under: poisoned memory, one thread, Triton's interpreter and no gpu test without a GPU."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ def poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)  # a benchmark that a test ran may have left it on
+    yield
+    if "torch._dynamo" in sys.modules:  # it compiles a function eight times, then refuses, whichever test asks
+        torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items):

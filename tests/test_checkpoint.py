@@ -329,3 +329,12 @@ def test_an_interrupt_is_not_taken_for_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "__getitem__", interrupted)
     with contextlib.suppress(KeyboardInterrupt):
         assert len(read_tensors(tmp_path / "t")[0]) > 5
+
+
+@pytest.mark.parametrize("metadata", [{}, {"__metadata__": None}, {"__metadata__": {}}])
+def test_files_without_metadata_are_no_tickets(metadata, tmp_path):
+    header = json.dumps(metadata).encode()
+    (tmp_path / "t").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert read_tensors(tmp_path / "t") == ({}, {})
+    with pytest.raises(ValueError, match="t is not a ticket: its format is None"):
+        lth.load_(network(), tmp_path / "t")

@@ -268,7 +268,6 @@ def test_onnx_files_compute_the_same(model, state, tmp_path):
 
 @pytest.mark.parametrize("state", ["masked", "packed"])
 def test_compiles_to_one_graph_and_trains(model, state):
-    torch._dynamo.reset()
     if state == "packed":
         lth.pack_(model, strategies={"6": "cpu", "4.linear1": "cpu"})
     compiled = torch.compile(model.train(), backend="aot_eager", fullgraph=True)

@@ -219,7 +219,6 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_that_reach_pruned_weights_past_the_layer_are_masked_as_they_arrive(way):
-    torch._dynamo.reset()
     model, x = lth.sparsify_(ReadsWeight()), torch.ones(2, 6)
     for assigned in (False, True):
         lth.prune_(model, 0.3)

@@ -173,7 +173,7 @@ def test_ensembles_each_with_its_own_mask():
     torch.testing.assert_close(both(parameters, buffers, images()), torch.stack([m(images()) for m in models]))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")  # torch's own, in its jvp
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # torch's own, in its jvp
 def test_second_derivatives_by_the_input():
     model = pruned(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)))
     dense, x = lth.densify_(copy.deepcopy(model)), images(6)

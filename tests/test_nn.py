@@ -104,7 +104,6 @@ def test_frozen_layers_are_moved_copied_written_and_called_as_functions(kind):
 
 
 def test_frozen_layers_compile_to_one_graph_and_train():
-    torch._dynamo.reset()
     layer, x = build("linear")
     frozen(pruned(layer))
     compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), x.detach()
@@ -186,7 +185,6 @@ def test_gradient_penalty():
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "transposed1d"])
 def test_compiles_to_one_graph_and_trains(kind):
-    torch._dynamo.reset()
     layer, x = build(kind)
     pruned(layer)
     compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), x.detach()
