@@ -107,7 +107,7 @@ def _merge(options):
 def _show(folder, options):
     """Print what a run found, and draw its figures."""
     found = _read(folder)
-    figures = _draw(folder, found)
+    figures = _draw(folder, found, folder / "figures")
     if not options.quiet:
         _print_tables(folder, found)
         _print_paths(folder, figures)
@@ -137,7 +137,7 @@ def _ls(options):
 def _report(options):
     folder = _run_folder(options.run)
     found = _read(folder)
-    written = _draw_whole(folder, found, options.save) if options.save else []
+    written = _draw(folder, found, options.save, each=False) if options.save else []
     for name, run in report.variants(folder).items():
         written += report.export(run, options.export / name) if options.export else []
         if options.save:
@@ -161,18 +161,13 @@ def _document(found):
     return summaries.get("", summaries)
 
 
-def _draw(folder, found):
-    """Write the figures of a run in it: its own, or those of all variants side by side and of each."""
-    to = folder / "figures"
-    each = [path for name, given in found.items() if name for path in plots.draw(*given, to / name)]
-    return _draw_whole(folder, found, to) + each
-
-
-def _draw_whole(folder, found, to):
-    """Write the figures of a run: its own, or those of its variants side by side."""
-    if "" in found or not found:
-        return [path for given in found.values() for path in plots.draw(*given, to)]
-    return plots.draw(report.side_by_side(runs.read_recipe(folder)["name"], _document(found)), {}, to)
+def _draw(folder, found, to, each=True):
+    """Write the figures of a run: of all variants side by side, and of each if `each` or if there is one alone."""
+    several = len(found) > 1
+    compared = report.side_by_side(runs.read_recipe(folder)["name"], _document(found)) if several else None
+    paths = plots.draw(compared, {}, to) if several else []
+    drawn = found if each or not several else {}
+    return paths + [path for name, given in drawn.items() for path in plots.draw(*given, to / name)]
 
 
 def _print_tables(folder, found):
@@ -183,7 +178,7 @@ def _print_tables(folder, found):
 
 def _plot(options):
     folder = _run_folder(options.run)
-    figures = _draw(folder, _read(folder))
+    figures = _draw(folder, _read(folder), folder / "figures")
     _print_paths(folder, figures)
     if options.json:
         print(json.dumps([str(path) for path in figures]))
@@ -231,10 +226,11 @@ def _determinism(options, device):
 
 def _print_paths(folder, figures):
     console.print(f"run: {folder}", soft_wrap=True)
-    for path in figures:
-        if path.suffix == ".png" and path.parent == folder / "figures":
-            console.print(f"figure: {path}", soft_wrap=True)
-    if any(path.parent != folder / "figures" for path in figures):
+    drawn = [path for path in figures if path.suffix == ".png"]
+    shown = [path for path in drawn if path.parent == folder / "figures"] or drawn
+    for path in shown:
+        console.print(f"figure: {path}", soft_wrap=True)
+    if len(shown) < len(drawn):
         console.print(f"figures of each variant: {folder / 'figures' / 'NAME'}", soft_wrap=True)
 
 

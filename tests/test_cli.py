@@ -252,6 +252,25 @@ def test_run_carries_a_recipe_out(tmp_path, capsys, no_figures):
     assert [path.name for path in Path("runs").iterdir()] == [f"mine-small--{summary['identity']}"]
 
 
+def test_figures_of_variants(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.plots, "draw", lambda summary, curves, to: [to / "a.png", to / "a.json"])
+    monkeypatch.setattr(cli.report, "side_by_side", lambda *given: {})
+    monkeypatch.setattr(cli.runs, "read_recipe", lambda run: {"name": "demo"})
+    both, one = {"x": ({}, {}), "y": ({}, {})}, {"x": ({}, {})}
+
+    def pictures(found, **more):
+        drawn = cli._draw(Path("run"), found, Path("run/figures"), **more)
+        cli._print_paths(Path("run"), drawn)
+        return [str(path.parent) for path in drawn if path.suffix == ".png"], capsys.readouterr().err.splitlines()[1:]
+
+    drawn, said = pictures(both)
+    assert drawn == ["run/figures", "run/figures/x", "run/figures/y"]
+    assert said == ["figure: run/figures/a.png", "figures of each variant: run/figures/NAME"]
+    assert pictures(both, each=False) == (["run/figures"], ["figure: run/figures/a.png"])
+    assert pictures(one) == pictures(one, each=False) == (["run/figures/x"], ["figure: run/figures/x/a.png"])
+    assert pictures({"": ({}, {})}) == (["run/figures"], ["figure: run/figures/a.png"])
+
+
 def test_looking_at_runs(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(made)
     assert main(["ls"]) == 0 and "runs/demo" in capsys.readouterr().err
