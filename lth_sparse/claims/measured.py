@@ -199,7 +199,7 @@ _SEEDS = {
     "S0-7": lambda e: _mnist(e).final_gain(15),
     "S0-8": lambda e: _mnist(e).at(0, _VALIDATION),
     "S0-9": lambda e: _advantage(_lenet(e).to(3.6), _lenet(e, "random")),
-    "S0-10": lambda e: _most(_lenet(e, "random").to(1.0), Rounds.stop),
+    "S0-10": lambda e: _most(_lenet(e, "random").to(1.2), Rounds.stop),
     "S1-1": lambda e: _gap(e, _lenet(e).within(3.6, 21.1), model="lenet-300-100"),
     "S1-2": lambda e: _ratio_of_stops(_lenet(e, "reinit"), _lenet(e), _lenet(e).within(3.6, 21.1)),
     "S1-3": lambda e: _most(_lenet(e).to(3.6), Rounds.gain),
